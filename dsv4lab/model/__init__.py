@@ -1,0 +1,1 @@
+"""DeepSeek-V4 as published, on the layers of dsv4lab."""
