@@ -90,7 +90,7 @@ class EvaluationText:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether a file is held out: the first 8 bytes of the SHA-256 of its path, big-endian, modulo 20, are 0."""
+    """Whether a file is held out: the first 8 bytes of its path's SHA-256, big-endian, are 0 modulo 20."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -146,7 +146,7 @@ def training_files(files: Iterable[LibraryFile]) -> list[LibraryFile]:
 def evaluation_files(
     files: Iterable[LibraryFile], trained_on: frozenset[str] = frozenset()
 ) -> tuple[list[LibraryFile], list[str]]:
-    """The held-out files that are neither tests nor empty nor known from training, and the paths of the known.
+    """The held-out files that are neither tests nor empty nor known, and the paths of the known ones.
 
     Args:
         files: of one library.

@@ -36,7 +36,7 @@ def write_list(path, files):
 
 
 def test_held_out_is_the_hash_of_the_path_modulo_twenty():
-    # sha256("operator.py") begins e7f6..., worked out with coreutils' sha256sum and Python's big integers.
+    # The last three stand as coreutils' sha256sum and bc gave them: ac07040adff09758 modulo 20 is 0.
     for path in ("operator.py", "runpy.py", "json/decoder.py", "argparse.py", "asyncio/locks.py"):
         assert corpus.is_held_out(path) == (int(sha256(path.encode()).hexdigest()[:16], 16) % 20 == 0)
     assert corpus.is_held_out("operator.py")
@@ -134,7 +134,7 @@ def test_a_malformed_list_is_named(tmp_path, content):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="library: .*nowhere"):
+    with pytest.raises(ValueError, match=r"library: .*nowhere"):
         corpus.library_files(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no Python source"):
         corpus.library_files(tmp_path)
