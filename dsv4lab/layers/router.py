@@ -1,0 +1,75 @@
+"""Which experts a token visits, and with what weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .weights import KeepsFloat32, check_activation
+
+
+class Router(KeepsFloat32):
+    """Scores sqrt(softplus(W x)) in float32; a bias or the token's id chooses, the scores alone weigh.
+
+    Args:
+        hidden: H.
+        experts: E.
+        top_k: k, experts a token visits.
+        route_scale: factor on the weights, which sum to one before it.
+        vocab_size: given for a hash layer, whose table `tid2eid` (V, k) int64 chooses by token id; such a
+            layer has no bias.
+        dtype, device: of the weight (E, H). The bias (E,) is a float32 buffer: no gradient reaches it.
+    """
+
+    float32_names = ("bias",)
+
+    def __init__(self, hidden: int, experts: int, top_k: int, *, route_scale: float = 1.0,
+                 vocab_size: int | None = None, dtype=None, device=None):  # fmt: skip
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k must lie within 1 and experts = {experts}, got {top_k}")
+        self.hidden, self.experts, self.top_k, self.route_scale = hidden, experts, top_k, route_scale
+        self.weight = nn.Parameter(torch.empty(experts, hidden, dtype=dtype, device=device))
+        nn.init.uniform_(self.weight, -1.0 / math.sqrt(hidden), 1.0 / math.sqrt(hidden))
+        hashed = vocab_size is not None
+        bias = None if hashed else torch.zeros(experts, dtype=torch.float32, device=device)
+        self.register_buffer("bias", bias)
+        self.register_buffer("tid2eid", self._hash_table(vocab_size, device) if hashed else None)
+
+    def _hash_table(self, vocab_size: int, device) -> Tensor:
+        """A starting table: token t visits experts t, t + 1, ..., so that all are used alike."""
+        first = torch.arange(vocab_size, device=device)[:, None]
+        return (first + torch.arange(self.top_k, device=device)) % self.experts
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route each token.
+
+        Args:
+            x: (T, H) bf16 or float32.
+            token_ids: (T,) integer, needed by a hash layer, unused by others.
+
+        Returns:
+            Weights (T, k) float32 and expert ids (T, k) int64.
+
+        Raises:
+            ValueError: a hash layer without token ids, or with a count of them other than T.
+        """
+        check_activation("x", x, self.hidden)
+        scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
+        if self.tid2eid is None:
+            chosen = torch.topk(scores + self.bias, self.top_k, dim=-1).indices
+        else:
+            chosen = self._by_token(token_ids, x.shape[0])
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # all scores can underflow to zero
+        return weights * self.route_scale, chosen
+
+    def _by_token(self, token_ids: Tensor | None, tokens: int) -> Tensor:
+        if token_ids is None:
+            raise ValueError("token_ids is needed: this layer routes by token id")
+        if token_ids.numel() != tokens:
+            raise ValueError(f"token_ids must hold {tokens} ids, one a token, got {tuple(token_ids.shape)}")
+        return self.tid2eid[token_ids.reshape(-1)]
