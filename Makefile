@@ -1,0 +1,36 @@
+# make demo | test | lab | lint: each sets up .venv first if it is not there, and a second call installs nothing.
+# PYTHON= names the interpreter, TORCH_INDEX= the index torch comes from, JOBS= the number of test processes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.complete
+
+# Processes, not threads: the tests' matrices are small. More than eight only crowd the memory.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+TESTS ?=
+
+.PHONY: help demo test lab lint setup
+
+help:
+	@echo "make demo   quantize the shipped model, decode text, compare bf16 with NVFP4"
+	@echo "make test   all tests and notebooks (TESTS=tests/test_cli.py for some of them)"
+	@echo "make lab    JupyterLab on the notebooks"
+	@echo "make lint   ruff check and format check"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt .ci/setup
+	@VENV=$(VENV) .ci/setup
+
+demo: $(READY)
+	@$(BIN)/python -m dsv4lab.demo
+
+test: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+lab: $(READY)
+	$(BIN)/python -m dsv4lab lab
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .

@@ -1,0 +1,34 @@
+"""What every test and notebook runs under: hardware gates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def notebook_needs(path: Path) -> list[str]:
+    """What a whole notebook needs: `"dsv4lab": {"needs": ["hopper"]}` in its metadata, names `device.supports` knows."""
+    return json.loads(path.read_text())["metadata"].get("dsv4lab", {}).get("needs", [])
+
+
+def _unmet(item: pytest.Item) -> str | None:
+    needs = notebook_needs(item.path) if item.path.suffix == ".ipynb" else []
+    if item.get_closest_marker("gpu"):
+        needs = [*needs, "cuda"]
+    if not needs:
+        return None
+    from dsv4lab import device
+
+    for need in needs:
+        status = device.supports(need)
+        if not status:
+            return f"needs {need}: {status.reason}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := _unmet(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
