@@ -38,7 +38,7 @@ class Experts(nn.Module):
             raise ValueError(f'route_weight must be "after" or "before", got {route_weight!r}')
         self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
         self.limit, self.route_weight, self.algorithm = limit, route_weight, "auto"
-        self.w13 = Weight(experts, 2 * intermediate, hidden, dtype=dtype, device=device)
+        self.w13 = Weight(experts, 2 * intermediate, hidden, parts=2, dtype=dtype, device=device)
         self.w2 = Weight(experts, hidden, intermediate, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

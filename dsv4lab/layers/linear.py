@@ -15,11 +15,14 @@ class Linear(Weight):
     Args:
         in_features: K.
         out_features: N; the weight is (N, K).
+        nvfp4: whether the layer becomes NVFP4 when its model is quantized.
+        parts: 2 where gate and up rows share the matrix, else 1.
         dtype, device: of the parameter.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, dtype=None, device=None):
-        super().__init__(out_features, in_features, dtype=dtype, device=device)
+    def __init__(self, in_features: int, out_features: int, *, nvfp4: bool = True, parts: int = 1,
+                 dtype=None, device=None):  # fmt: skip
+        super().__init__(out_features, in_features, nvfp4=nvfp4, parts=parts, dtype=dtype, device=device)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class SharedExpert(nn.Module):
     ):
         super().__init__()
         self.limit = limit
-        self.w13 = Linear(hidden, 2 * intermediate, dtype=dtype, device=device)
+        self.w13 = Linear(hidden, 2 * intermediate, parts=2, dtype=dtype, device=device)
         self.w2 = Linear(intermediate, hidden, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:

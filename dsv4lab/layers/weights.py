@@ -32,6 +32,8 @@ class Weight(KeepsFloat32):
 
     Args:
         shape: (N, K) or (G, N, K); K is the contraction and stands last.
+        nvfp4: whether the layer becomes NVFP4 when its model is quantized.
+        parts: 2 where gate and up rows share the matrix and have a global scale each, else 1.
         dtype, device: of the high-precision parameter.
 
     Attributes:
@@ -39,8 +41,9 @@ class Weight(KeepsFloat32):
             input of the high-precision product, None by default; quantization-aware training sets them.
     """
 
-    def __init__(self, *shape: int, dtype: torch.dtype | None = None, device=None):
+    def __init__(self, *shape: int, nvfp4: bool = True, parts: int = 1, dtype=None, device=None):
         super().__init__()
+        self.nvfp4, self.parts = nvfp4, parts
         self.weight = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
         self.weight_transform: Callable[[Tensor], Tensor] | None = None
         self.activation_transform: Callable[[Tensor], Tensor] | None = None
