@@ -1,0 +1,150 @@
+"""Attention of DeepSeek-V4: one key vector for all heads, a sliding window, sinks, compressed entries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv4lab.layers import GroupedLinear, Linear
+
+from .cache import LayerCache
+from .compressor import Compressor
+from .config import CSA, SLIDING, ModelConfig
+from .indexer import Indexer
+from .norm import RMSNorm, rms_normalize
+from .rope import rotate
+from .step import Step
+from .window import block_keys, window_keys
+
+Part = tuple[Tensor, Tensor | None]
+
+
+def attend(q: Tensor, parts: list[Part], sink: Tensor) -> Tensor:
+    """Softmax attention over several sets of keys that are their own values, with a sink in the denominator.
+
+    Args:
+        q: (B, T, heads, D), already scaled.
+        parts: of (keys, mask) each. Keys (B * blocks, n, D): block i serves the i-th of `blocks` equal runs of
+            queries. Mask (T, n) or (B, T, n) bool, true where a key is seen; None for all.
+        sink: (heads,), a logit without a value.
+
+    Returns:
+        (B, T, heads, D) float32.
+    """
+    scores = [_scores(q, keys, mask) for keys, mask in parts]
+    sink = sink.float()[:, None]
+    top = torch.stack([s.detach().amax(-1) for s in scores], -1).amax(-1, keepdim=True)
+    top = torch.maximum(
+        top, sink.detach()
+    )  # cancels, so it needs no gradient; finite even where all is masked
+    total, out = (sink - top).exp(), 0.0
+    for s, (keys, _) in zip(scores, parts, strict=True):
+        weights = (s - top).exp()
+        total = total + weights.sum(-1, keepdim=True)
+        mixed = weights.to(keys.dtype).reshape(keys.shape[0], -1, keys.shape[1]) @ keys
+        out = out + mixed.view(q.shape).float()
+    return out / total
+
+
+def _scores(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    scores = (q.reshape(keys.shape[0], -1, q.shape[-1]) @ keys.mT).view(*q.shape[:-1], -1).float()
+    return scores if mask is None else scores.masked_fill(~mask[..., None, :], float("-inf"))
+
+
+class Attention(nn.Module):
+    """One layer's attention.
+
+    Args:
+        config: sizes.
+        layer: index, which decides between sliding, CSA and HCA.
+        dtype, device: of the linears; norms and sinks are float32.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype=None, device=None):
+        super().__init__()
+        c, made, kind = config, {"dtype": dtype, "device": device}, config.layer_types[layer]
+        self.heads, self.head_dim, self.groups, self.eps = (
+            c.num_attention_heads, c.head_dim, c.o_groups, c.rms_norm_eps,
+        )  # fmt: skip
+        self.window, self.ratio = c.sliding_window, c.ratio(layer)
+        self.rotation = "sliding" if kind == SLIDING else "compressed"
+        self.wq_a = Linear(c.hidden_size, c.q_lora_rank, **made)
+        self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps, device=device)
+        self.wq_b = Linear(c.q_lora_rank, c.num_attention_heads * c.head_dim, **made)
+        self.wkv = Linear(c.hidden_size, c.head_dim, **made)
+        self.kv_norm = RMSNorm(c.head_dim, c.rms_norm_eps, device=device)
+        self.wo_a = GroupedLinear(
+            c.o_groups, c.num_attention_heads * c.head_dim // c.o_groups, c.o_lora_rank, **made
+        )
+        self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size, **made)
+        self.attn_sink = nn.Parameter(torch.zeros(c.num_attention_heads, dtype=torch.float32, device=device))
+        self.compressor = self.indexer = None
+        if self.ratio:
+            self.compressor = Compressor(
+                c.hidden_size, c.head_dim, self.ratio, overlap=kind == CSA, eps=c.rms_norm_eps, **made
+            )
+        if kind == CSA:
+            self.indexer = Indexer(c, **made)
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
+        """Attend from T tokens to themselves and to what the cache holds, which is updated in place.
+
+        Args:
+            x: (B, T, H), normalized.
+            step: their positions.
+            cache: of this layer; None for whole sequences.
+
+        Returns:
+            (B, T, H).
+        """
+        turn = step.rotation(self.rotation)
+        qr = self.q_norm(self.wq_a(x))
+        q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
+        q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
+        kv = rotate(self.kv_norm(self.wkv(x)), turn).to(x.dtype)
+        if cache is not None and step.tokens == 1:
+            parts = [window_keys(kv, step, cache.window)]
+        else:
+            parts = [block_keys(kv, step, self.window, None if cache is None else cache.window)]
+        if self.ratio:
+            parts += self._compressed(x, qr, step, cache)
+        o = self._attend_padded(q, parts)
+        o = rotate(o, turn, inverse=True).to(x.dtype)  # values carry their key's rotation
+        return self.wo_b(self.wo_a(o.unflatten(2, (self.groups, -1)).flatten(3)).flatten(2))
+
+    def _attend_padded(self, q: Tensor, parts: list[Part]) -> Tensor:
+        """Blocks are equal runs of queries: fill the last one up, and drop what it yields."""
+        tokens, rows = q.shape[1], parts[0][1].shape[0] if parts[0][1] is not None else q.shape[1]
+        if rows == tokens:
+            return attend(q, parts, self.attn_sink)
+        more = rows - tokens
+        parts = [parts[0]] + [(keys, F.pad(mask, (0, 0, 0, more))) for keys, mask in parts[1:]]
+        return attend(F.pad(q, (0, 0, 0, 0, 0, more)), parts, self.attn_sink)[:, :tokens]
+
+    def _compressed(self, x: Tensor, qr: Tensor, step: Step, cache: LayerCache | None) -> list[Part]:
+        """Entries and who sees them; none before the first block is complete."""
+        entries = self.compressor(x, step, None if cache is None else cache.compressor)
+        chosen = self._chosen(x, qr, entries, step, cache)
+        if not entries.shape[1]:
+            return []
+        if chosen is None:
+            whole = step.tokens == 1 and cache is not None and not step.fixed  # only entries it may see
+            return [(entries, None if whole else step.visible(self.ratio, entries.shape[1]))]
+        kept = chosen >= 0
+        if step.tokens == 1:
+            rows = chosen[:, 0, :, None].clamp(min=0).expand(-1, -1, self.head_dim)
+            return [(entries.gather(1, rows), kept)]
+        # One column more, for the picks that count for nothing.
+        seen = kept.new_zeros(*chosen.shape[:2], entries.shape[1] + 1)
+        seen.scatter_(-1, chosen.masked_fill(~kept, entries.shape[1]), True)
+        return [(entries, seen[..., :-1])]
+
+    def _chosen(self, x: Tensor, qr: Tensor, entries: Tensor, step: Step, cache: LayerCache | None):
+        """The indexer's choice (B, T, topk), or None where nothing can be left out."""
+        if self.indexer is None:
+            return None
+        if cache is None:
+            never = entries.shape[1] <= self.indexer.topk
+            return None if never else self.indexer(x, qr, step, None)
+        return None if cache.indexer is None else self.indexer(x, qr, step, cache.indexer)
