@@ -21,7 +21,7 @@ FOUR_OVER_SIX_DIVISOR = E2M1_MAX * 256.0
 AMAX_FLOOR = 1e-8  # keeps the runtime global scale of all-zero data away from 0
 GLOBAL_MIN, GLOBAL_MAX = 2.0**-100, 2.0**115  # inside, no product or reciprocal of the recipe is subnormal
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4  # tile of the swizzled block scales
-SCALE_DTYPE = torch.float8_e4m3fn
+CODE_DTYPE, SCALE_DTYPE, GLOBAL_DTYPE = torch.uint8, torch.float8_e4m3fn, torch.float32
 SCALE_LAYOUTS = ("linear", "swizzled")
 GRANULARITIES = ("tensor", "token", "group")
 
@@ -34,6 +34,8 @@ def ceil_to(n: int, multiple: int) -> int:
 def scales_shape(shape: tuple[int, ...], scale_layout: str) -> tuple[int, ...]:
     """Shape of the block scales of a logical (..., K) tensor: (..., K/16), or padded to 128 x 4 tiles."""
     *lead, k = shape
+    if scale_layout not in SCALE_LAYOUTS:
+        raise ValueError(f"scale_layout must be 'linear' or 'swizzled', got {scale_layout!r}")
     if scale_layout == "linear":
         return (*lead, k // BLOCK)
     if len(lead) not in (1, 2):
@@ -74,7 +76,7 @@ class NVFP4Tensor:
         _check_parts(self.codes, self.block_scales, self.global_scale)
         _check_scales_shape(self.codes, self.block_scales, self.scale_layout)
         lead, g = tuple(self.codes.shape[:-1]), tuple(self.global_scale.shape)
-        object.__setattr__(self, "granularity", _granularity(lead, g, self.granularity))
+        object.__setattr__(self, "granularity", scale_granularity(lead, g, self.granularity))
 
     @property
     def K(self) -> int:
@@ -117,7 +119,7 @@ _META = ("scale_layout", "granularity", "interleaved")
 
 def _check_parts(codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> None:
     parts = (codes, block_scales, global_scale)
-    for name, part, dtype in zip(_PARTS, parts, (torch.uint8, SCALE_DTYPE, torch.float32), strict=True):
+    for name, part, dtype in zip(_PARTS, parts, (CODE_DTYPE, SCALE_DTYPE, GLOBAL_DTYPE), strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
         if part.dtype != dtype:
@@ -127,8 +129,6 @@ def _check_parts(codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> N
 
 
 def _check_scales_shape(codes: Tensor, block_scales: Tensor, scale_layout: str) -> None:
-    if scale_layout not in SCALE_LAYOUTS:
-        raise ValueError(f"scale_layout must be 'linear' or 'swizzled', got {scale_layout!r}")
     if codes.dim() == 0 or codes.shape[-1] % (BLOCK // 2):
         raise ValueError(f"codes must be (..., K/2) with K % 16 == 0, got shape {tuple(codes.shape)}")
     want = scales_shape((*codes.shape[:-1], codes.shape[-1] * 2), scale_layout)
@@ -139,11 +139,11 @@ def _check_scales_shape(codes: Tensor, block_scales: Tensor, scale_layout: str) 
         )
 
 
-def _granularity(lead: tuple[int, ...], g: tuple[int, ...], granularity: str | None) -> str:
+def scale_granularity(lead: tuple[int, ...], g: tuple[int, ...], granularity: str | None = None) -> str:
     """What a global scale of shape g is for, given rows of shape lead; checked against a stated one."""
     fits = {
         "tensor": g == (),
-        "token": bool(lead) and g in (lead, (*lead, 1)),
+        "token": g in (lead, (*lead, 1)),
         # a matrix may be the padded rows of any number of groups; otherwise groups are the first dimension
         "group": len(g) in (1, 2) and (len(g) == 1 or g[1] == 2) and (len(lead) == 1 or g[0] == lead[0]),
     }

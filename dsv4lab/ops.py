@@ -149,25 +149,23 @@ def register_implementation(
     def compute_and_copy(*args):
         inputs, outs = args[: -op.returns], args[-op.returns :]
         for target, result in zip(outs, _as_tuple(function(*inputs)), strict=True):
-            first_rows(target, result).copy_(result)
+            first_rows(target, result.shape).copy_(result)
 
     op.implementations[backend] = Implementation(function or allocate_and_fill, out or compute_and_copy)
 
 
-def first_rows(out: Tensor, like: Tensor) -> Tensor:
-    """The part `out[:rows]` that has the shape of `like`.
+def first_rows(out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The part `out[:rows]` of a given output that has the shape of the result.
 
     Raises:
-        ValueError: out is too short or differs elsewhere than in dimension 0.
-        TypeError: out has another dtype.
+        ValueError: out has fewer rows than the result or differs elsewhere than in dimension 0.
     """
-    if out.dtype != like.dtype:
-        raise TypeError(f"out must be {like.dtype}, got {out.dtype}")
-    if out.shape == like.shape:
+    shape = tuple(shape)
+    if tuple(out.shape) == shape:
         return out
-    if out.dim() != like.dim() or out.shape[1:] != like.shape[1:] or out.shape[0] < like.shape[0]:
-        raise ValueError(f"out must hold {tuple(like.shape)}, got {tuple(out.shape)}")
-    return out[: like.shape[0]]
+    if out.dim() != len(shape) or tuple(out.shape[1:]) != shape[1:] or out.shape[0] < shape[0]:
+        raise ValueError(f"out must have shape {shape}, more rows allowed, got {tuple(out.shape)}")
+    return out[: shape[0]]
 
 
 def _as_tuple(results) -> tuple[Tensor, ...]:
