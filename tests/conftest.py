@@ -25,7 +25,11 @@ def tiny_config() -> ModelConfig:
 def tiny_model(tiny_config) -> DeepseekV4:
     """Shared by all tests of a process: copy it before changing it."""
     torch.manual_seed(0)
-    return DeepseekV4(tiny_config, dtype=torch.bfloat16).eval()
+    model = DeepseekV4(tiny_config, dtype=torch.bfloat16).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # normal, so that no two matrices have the same largest value
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4lab.formats import BLOCK
+from dsv4lab.quantize import quantize_weight
 
 from .files import INDEX, Checkpoint, CheckpointError, Entry, read_json
 from .load import Progress, load_config
@@ -127,8 +128,6 @@ class _Plan:
         if not self._quantized(entry):
             yield tensor
             return
-        from dsv4lab.quantize import quantize_weight
-
         packed = quantize_weight(tensor)
         yield from (packed.codes, packed.block_scales, packed.global_scale)
         if (scale := self._input_scale(entry)) is not None:
