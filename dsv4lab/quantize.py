@@ -1,4 +1,4 @@
-"""Quantize, dequantize, and the norm and SwiGLU variants that quantize at once: arguments checked, ops called.
+"""Quantize, dequantize, and the norm and SwiGLU variants that quantize at once: arguments, then the ops.
 
 The bits are the reference's; a global scale is a policy (see `policies`) and always in decode direction.
 """

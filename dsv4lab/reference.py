@@ -78,17 +78,16 @@ def row_scales(g: Tensor, granularity: str, lead: torch.Size, interleaved: bool 
     return spread.reshape(*lead, 1)
 
 
-@functools.cache
-def _ties(device: torch.device) -> Tensor:
-    """Largest magnitude that still rounds to each code: a tie stays below an even code and goes up to one."""
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    below = torch.nextafter(ties, torch.zeros(()))
-    return torch.where(torch.arange(7) % 2 == 0, ties, below).to(device)
-
-
 def encode_e2m1(x: Tensor) -> Tensor:
-    """Nearest E2M1 code of each fp32 value, ties to even, saturating; int32, sign in bit 3, zeros too."""
-    magnitude = torch.bucketize(x.abs(), _ties(x.device), out_int32=True)
+    """Nearest E2M1 code of each fp32 value, ties to even, saturating; as fp32, sign in bit 3, zeros too.
+
+    E2M1 is three uniform grids: steps of 1/2 up to 2 (codes 0 to 4), of 1 to 4 (codes 4 to 6), of 2 to 6.
+    Away from its own range each grid counts too far, so the least of the three codes is the right one. Equal
+    steps make `round`, half to even, the one rounding that happens.
+    """
+    a = x.abs().clamp_max_(E2M1_MAX)
+    halves, ones, twos = (a * 2).round_(), a.round().add_(2), a.mul_(0.5).round_().add_(4)
+    magnitude = torch.minimum(torch.minimum(halves, ones), twos)
     return magnitude.add_(x.signbit(), alpha=8)
 
 
