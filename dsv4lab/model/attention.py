@@ -25,8 +25,8 @@ def attend(q: Tensor, parts: list[Part], sink: Tensor) -> Tensor:
 
     Args:
         q: (B, T, heads, D), already scaled.
-        parts: of (keys, mask) each. Keys (B * blocks, n, D): block i serves the i-th of `blocks` equal runs of
-            queries. Mask (T, n) or (B, T, n) bool, true where a key is seen; None for all.
+        parts: of (keys, mask) each. Keys (B * blocks, n, D): block i serves the i-th of `blocks` equal
+            runs of queries. Mask (T, n) or (B, T, n) bool, true where a key is seen; None for all.
         sink: (heads,), a logit without a value.
 
     Returns:

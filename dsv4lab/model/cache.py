@@ -1,7 +1,7 @@
 """What decoding keeps: a window of recent keys, compressed entries, and blocks not yet complete.
 
-Every buffer has its final size from the start and is written in place, in a step of one token at positions that
-live on the device, so that such a step can be captured as a CUDA graph.
+Every buffer has its final size from the start and is written in place, in a step of one token at positions
+that live on the device, so that such a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CompressorState:
         self.rows, width = (2 * ratio, 2 * dim) if overlap else (ratio, dim)
         self.kv = torch.zeros(batch, self.rows, width, **made)
         self.gate = torch.empty(batch, self.rows, width, **made)
-        # A one-token step writes the entry of the block it stands in, complete or not: one more than complete ones.
+        # One more than can be complete: a fixed step writes the entry of the block it stands in.
         self.entries = torch.zeros(batch, max_tokens // ratio + 1, dim, **made)
         self.reset()
 

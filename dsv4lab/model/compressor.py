@@ -64,7 +64,7 @@ class Compressor(nn.Module):
         return self._pool(kv, gate, step.positions[: tokens : self.ratio], step)
 
     def _chunk(self, kv: Tensor, gate: Tensor, step: Step, state: CompressorState) -> Tensor:
-        """The ring lends the block before and the unfinished one, the chunk completes blocks and refills it."""
+        """The ring lends what came before, the chunk completes blocks and then refills the ring."""
         first, end = step.start // self.ratio, (step.start + step.tokens) // self.ratio
         if end > first:
             tokens = end * self.ratio - step.start

@@ -33,6 +33,7 @@ class ModelConfig:
         moe_intermediate_size, n_routed_experts, num_experts_per_tok: of each expert; E; k.
         layer_types: one of LAYER_TYPES for each layer.
         mlp_layer_types: "hash_moe" (experts chosen by token id) or "moe" for each layer.
+        routed_scaling_factor, swiglu_limit: factor on the routing weights; where SwiGLU's inputs are cut.
         csa_ratio, hca_ratio: tokens in a block that becomes one compressed entry.
         sliding_window: keys a query sees uncompressed, itself included.
         index_n_heads, index_head_dim, index_topk: the indexer of the CSA layers.
@@ -60,7 +61,7 @@ class ModelConfig:
     num_experts_per_tok: int = 6
     n_shared_experts: int = 1
     routed_scaling_factor: float = 1.5
-    swiglu_limit: float | None = 10.0
+    swiglu_limit: float = 10.0
     csa_ratio: int = 4
     hca_ratio: int = 128
     sliding_window: int = 128
@@ -76,12 +77,13 @@ class ModelConfig:
     hc_eps: float = 1e-6
     rms_norm_eps: float = 1e-6
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 1
     num_nextn_predict_layers: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        object.__setattr__(self, "mlp_layer_types", tuple(self.mlp_layer_types))
+        for name in ("layer_types", "mlp_layer_types", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_counts(self)
         _check_schedules(self)
         _check_agreement(self)
@@ -149,7 +151,9 @@ _COUNTS = (
     "n_shared_experts", "csa_ratio", "hca_ratio", "sliding_window", "index_n_heads", "index_head_dim",
     "index_topk", "max_position_embeddings", "hc_mult", "hc_sinkhorn_iters",
 )  # fmt: skip
-_POSITIVE = ("routed_scaling_factor", "rope_theta", "compress_rope_theta", "hc_eps", "rms_norm_eps")
+_POSITIVE = (
+    "routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta", "hc_eps", "rms_norm_eps",
+)  # fmt: skip
 
 
 def _check_counts(c: ModelConfig) -> None:
@@ -161,8 +165,6 @@ def _check_counts(c: ModelConfig) -> None:
         value = getattr(c, name)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise ValueError(f"config: {name} must be a positive number, got {value!r}")
-    if c.swiglu_limit is not None and not c.swiglu_limit > 0:
-        raise ValueError(f"config: swiglu_limit must be positive or None, got {c.swiglu_limit!r}")
 
 
 def _check_schedules(c: ModelConfig) -> None:

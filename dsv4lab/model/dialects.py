@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .config import CSA, HASH_MOE, HCA, MOE, SLIDING, ModelConfig, Yarn
 
 # Ours, then other names for the same size; transformers' own come first where ours differ.
@@ -15,7 +17,7 @@ _NAMES = {
     "q_lora_rank": (),
     "o_lora_rank": (),
     "o_groups": (),
-    "moe_intermediate_size": ("moe_inter_dim", "intermediate_size"),
+    "moe_intermediate_size": ("moe_inter_dim",),
     "n_routed_experts": ("num_local_experts",),
     "num_experts_per_tok": ("n_activated_experts",),
     "n_shared_experts": (),
@@ -39,10 +41,20 @@ _NAMES = {
 _INTEGERS_AS_FLOAT = ("routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta")
 # What transformers and DeepSeek can express and this model does not do.
 _ONLY = {
-    "scoring_func": "sqrtsoftplus", "score_func": "sqrtsoftplus", "norm_topk_prob": True, "hidden_act": "silu",
-    "topk_method": "noaux_tc", "num_key_value_heads": 1, "attention_bias": False, "mlp_bias": False,
+    "scoring_func": "sqrtsoftplus",
+    "score_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "hidden_act": "silu",
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "mlp_bias": False,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
+_NEEDED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "o_groups",
+    "moe_intermediate_size", "n_routed_experts",
+)  # fmt: skip
 
 
 def read_config(values: dict) -> ModelConfig:
@@ -76,14 +88,16 @@ def read_config(values: dict) -> ModelConfig:
 def write_config(config: ModelConfig) -> dict:
     """The config.json that transformers' DeepseekV4Config reads, and `read_config` too."""
     c = config
-    values = {name: getattr(c, name) for name in _NAMES if name not in ("rope_dim",)}
+    values = {name: getattr(c, name) for name in _NAMES if name != "rope_dim"}
+    if isinstance(c.eos_token_id, tuple):
+        values["eos_token_id"] = list(c.eos_token_id)
     values |= {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "layer_types": list(c.layer_types),
         "mlp_layer_types": list(c.mlp_layer_types),
         "compress_rates": {CSA: c.csa_ratio, HCA: c.hca_ratio},
-        "partial_rotary_factor": c.rope_dim / c.head_dim,
+        "partial_rotary_factor": _rotary_part(c),
         "rope_parameters": _rope_parameters(c),
         **{k: _ONLY[k] for k in ("scoring_func", "norm_topk_prob", "hidden_act", "num_key_value_heads")},
         "tie_word_embeddings": False,
@@ -102,14 +116,10 @@ def _sizes(values: dict) -> dict:
         if given:
             value = next(iter(given.values()))
             sizes[name] = float(value) if name in _INTEGERS_AS_FLOAT else value
-    if isinstance(sizes.get("eos_token_id"), list):
-        sizes["eos_token_id"] = sizes["eos_token_id"][0]
-    for name in ("bos_token_id", "eos_token_id", "swiglu_limit"):
-        if any(n in values and values[n] is None for n in (name, *_NAMES[name])):
-            sizes[name] = None
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "o_groups",
-              "moe_intermediate_size", "n_routed_experts")  # fmt: skip
-    missing = [n for n in needed if n not in sizes]
+    for name in ("bos_token_id", "eos_token_id"):
+        if name in values:
+            sizes[name] = values[name]
+    missing = [n for n in _NEEDED if n not in sizes]
     if missing:
         raise ValueError(f"config: {missing[0]} is missing")
     return sizes
@@ -123,18 +133,18 @@ def _rope_dim(values: dict, sizes: dict) -> int:
     by_factor = int(head_dim * factor)
     if given is not None and given != by_factor:
         raise ValueError(
-            f"config: qk_rope_head_dim = {given} contradicts partial_rotary_factor = {factor} of head_dim {head_dim}"
+            f"config: qk_rope_head_dim = {given} contradicts partial_rotary_factor = {factor} of "
+            f"head_dim = {head_dim}"
         )
     return by_factor
 
 
 def _ratios(values: dict) -> dict:
     rates = values.get("compress_rates") or {}
-    ratios = {
+    return {
         "csa_ratio": values.get("compress_rate_csa", rates.get(CSA, 4)),
         "hca_ratio": values.get("compress_rate_hca", rates.get(HCA, 128)),
     }
-    return ratios
 
 
 def _layer_types(values: dict, sizes: dict) -> tuple[str, ...]:
@@ -177,10 +187,14 @@ def _rope(values: dict) -> dict:
     if isinstance(nested.get("main"), dict) and isinstance(nested.get("compress"), dict):
         return _nested_rope(values, nested["main"], nested["compress"])
     scaling = values.get("rope_scaling") or nested or None
-    if scaling is None and "rope_factor" in values:
-        scaling = {"type": "yarn", "factor": values["rope_factor"],
-                   "original_max_position_embeddings": values.get("original_seq_len", 65536),
-                   "beta_fast": values.get("beta_fast", 32), "beta_slow": values.get("beta_slow", 1)}  # fmt: skip
+    if scaling is None and values.get("original_seq_len"):
+        scaling = {
+            "type": "yarn",
+            "factor": values.get("rope_factor"),
+            "original_max_position_embeddings": values["original_seq_len"],
+            "beta_fast": values.get("beta_fast"),
+            "beta_slow": values.get("beta_slow"),
+        }
     return {"yarn": _yarn(scaling or {})}
 
 
@@ -218,8 +232,14 @@ def _yarn(scaling: dict) -> Yarn | None:
     )  # fmt: skip
 
 
-def _rope_parameters(c: ModelConfig) -> dict:
+def _rotary_part(c: ModelConfig) -> float:
+    """The share of the head that rotates; its product with the width is cut to an integer by readers."""
     part = c.rope_dim / c.head_dim
+    return part if int(c.head_dim * part) == c.rope_dim else math.nextafter(part, 2.0)
+
+
+def _rope_parameters(c: ModelConfig) -> dict:
+    part = _rotary_part(c)
     main = {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": part}
     compress = {"rope_type": "default", "rope_theta": c.compress_rope_theta, "partial_rotary_factor": part}
     if c.yarn is not None:

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .norm import rms_normalize
+
+def mixing_weights(n: int, hidden: int, *, device=None) -> dict[str, Tensor]:
+    """Starting weights of a block's mixing, float32: read the streams' mean, keep the streams apart.
+
+    Args:
+        n, hidden: streams and their width H.
+
+    Returns:
+        fn (2n + n*n, n*H), base (2n + n*n,), scale (3,); rows for pre, post, then the matrix row by row.
+    """
+    weights = _weights(2 * n + n * n, n * hidden, 3, device)
+    weights["base"][:n] = -math.log(n - 1) if n > 1 else 7.0
+    weights["base"][2 * n :].view(n, n).fill_diagonal_(3.0)
+    return weights
+
+
+def head_weights(n: int, hidden: int, *, device=None) -> dict[str, Tensor]:
+    """Starting weights of the head's mixing: fn (n, n*H), base (n,), scale (1,)."""
+    return _weights(n, n * hidden, 1, device)
+
+
+def _weights(rows: int, columns: int, scales: int, device) -> dict[str, Tensor]:
+    made = {"dtype": torch.float32, "device": device}
+    fn = nn.init.uniform_(torch.empty(rows, columns, **made), -(columns**-0.5), columns**-0.5)
+    return {"fn": fn, "base": torch.zeros(rows, **made), "scale": torch.full((scales,), 0.1, **made)}
 
 
 def sinkhorn(matrix: Tensor, iterations: int, eps: float) -> Tensor:
@@ -31,12 +58,12 @@ def sinkhorn(matrix: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 def _sinkhorn_flat(matrix: Tensor, iterations: int, eps: float) -> Tensor:
-    """The same in two operations a pass, since a step of decoding is made of operations, not of arithmetic:
-    a product with ones and zeros puts each entry's row (or column) sum plus eps in its place."""
+    """The same in two operations a pass, since a step of decoding costs operations, not arithmetic.
+
+    A product with ones and zeros puts each entry's row (or column) sum plus eps in its place.
+    """
     n = matrix.shape[-1]
-    eye, ones = torch.eye(n), torch.ones(n, n)
-    rows, columns = torch.kron(eye, ones), torch.kron(ones, eye)
-    bias = matrix.new_full((n * n,), eps)
+    rows, columns, bias = _summing(n, eps)
     flat = matrix.reshape(-1, n * n)
     sums = torch.addmm(bias, flat, columns)
     flat = flat / sums
@@ -44,6 +71,12 @@ def _sinkhorn_flat(matrix: Tensor, iterations: int, eps: float) -> Tensor:
         flat.div_(torch.addmm(bias, flat, rows, out=sums))
         flat.div_(torch.addmm(bias, flat, columns, out=sums))
     return flat.view(matrix.shape)
+
+
+@lru_cache
+def _summing(n: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    eye, ones = torch.eye(n), torch.ones(n, n)
+    return torch.kron(eye, ones), torch.kron(ones, eye), torch.full((n * n,), eps)
 
 
 def _logits(streams: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -64,7 +97,7 @@ def open_streams(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, it
 
     Args:
         streams: (..., n, H).
-        fn, base, scale: (2n + n*n, n*H), (2n + n*n,), (3,): rows for pre, post, then the matrix row by row.
+        fn, base, scale: as `mixing_weights` describes.
         iterations, eps: of the Sinkhorn scaling.
         rms_eps: of the normalization of the streams.
 
@@ -104,7 +137,7 @@ def collapse_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, e
 
     Args:
         streams: (..., n, H).
-        fn, base, scale: (n, n*H), (n,), (1,).
+        fn, base, scale: as `head_weights` describes.
 
     Returns:
         (..., H) in the streams' dtype.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from dsv4lab.layers import MoE
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import CSA, SLIDING, ModelConfig
-from .hyper_connections import close_streams, collapse_head, open_streams
+from .hyper_connections import close_streams, collapse_head, head_weights, mixing_weights, open_streams
 from .norm import RMSNorm
 from .rope import layer_frequencies
 from .step import Step
@@ -41,19 +39,13 @@ class Block(nn.Module):
             route_scale=c.routed_scaling_factor, limit=c.swiglu_limit,
             vocab_size=c.vocab_size if c.hashed(layer) else None, **made,
         )  # fmt: skip
-        n = c.hc_mult
         for part in ("attn", "ffn"):
-            fn, base, scale = _mixing(2 * n + n * n, n * c.hidden_size, 3, device)
-            if base.device.type != "meta":
-                base.data[:n] = -math.log(max(n - 1, 1e-3))  # read the streams' mean
-                base.data[2 * n :].view(n, n).fill_diagonal_(3.0)  # and keep them apart
-            self.register_parameter(f"hc_{part}_fn", fn)
-            self.register_parameter(f"hc_{part}_base", base)
-            self.register_parameter(f"hc_{part}_scale", scale)
+            for name, tensor in mixing_weights(c.hc_mult, c.hidden_size, device=device).items():
+                self.register_parameter(f"hc_{part}_{name}", nn.Parameter(tensor))
         self.mixing = {"iterations": c.hc_sinkhorn_iters, "eps": c.hc_eps, "rms_eps": c.rms_norm_eps}
 
     def forward(self, streams: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
-        """Apply the block to streams (B, T, hc_mult, H) at the positions of `step`; returns the same shape."""
+        """Apply the block to streams (B, T, hc_mult, H) at the positions of `step`; the shape stays."""
         x, post, mix = open_streams(
             streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, **self.mixing
         )
@@ -62,15 +54,6 @@ class Block(nn.Module):
             streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, **self.mixing
         )
         return close_streams(streams, self.ffn(self.ffn_norm(x), step.token_ids), post, mix)
-
-
-def _mixing(rows: int, columns: int, scales: int, device) -> tuple[nn.Parameter, ...]:
-    """fn, base and scale of an mHC mixing, float32; small scales, so that training starts near the base."""
-    fn = torch.empty(rows, columns, dtype=torch.float32, device=device)
-    nn.init.uniform_(fn, -1.0 / math.sqrt(columns), 1.0 / math.sqrt(columns))
-    base = torch.zeros(rows, dtype=torch.float32, device=device)
-    scale = torch.full((scales,), 0.1, dtype=torch.float32, device=device)
-    return nn.Parameter(fn), nn.Parameter(base), nn.Parameter(scale)
 
 
 class DeepseekV4(nn.Module):
@@ -93,8 +76,8 @@ class DeepseekV4(nn.Module):
         made = {"dtype": dtype, "device": device}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **made)
         self.layers = nn.ModuleList(Block(config, i, **made) for i in range(config.num_hidden_layers))
-        n = config.hc_mult
-        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = _mixing(n, n * config.hidden_size, 1, device)
+        for name, tensor in head_weights(config.hc_mult, config.hidden_size, device=device).items():
+            self.register_parameter(f"hc_head_{name}", nn.Parameter(tensor))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **made)
         for kind, layer_type in (("sliding", SLIDING), ("compressed", CSA)):
@@ -187,9 +170,8 @@ class DeepseekV4(nn.Module):
         if input_ids.is_cpu and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(input_ids))
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids must lie within 0 and {self.config.vocab_size - 1}, got {low if low < 0 else high}"
-                )
+                worst = low if low < 0 else high
+                raise ValueError(f"input_ids must lie within 0 and {self.config.vocab_size - 1}, got {worst}")
 
 
 def count_parameters(model: DeepseekV4 | ModelConfig) -> tuple[int, int]:

@@ -16,8 +16,8 @@ def block_keys(kv: Tensor, step: Step, window: int, ring: Tensor | None) -> tupl
         kv: (B, T, D), the tokens' own keys.
         step: their positions.
         window: W, keys a query sees, its own included; blocks hold W queries, or T if that is less.
-        ring: (B, W, D) keys of the tokens before, at row position % W; overwritten by the new ones. None where
-            the sequence starts here.
+        ring: (B, W, D) keys of the tokens before, at row position % W; overwritten by the new ones. None
+            where the sequence starts here.
 
     Returns:
         Keys (B * blocks, W + block, D), and a mask (blocks * block, W + block), true where seen.
@@ -54,7 +54,7 @@ def window_keys(kv: Tensor, step: Step, ring: Tensor) -> tuple[Tensor, Tensor | 
         ring: (B, W, D), updated in place.
 
     Returns:
-        Keys (B, n, D), in no particular order, and None, or in a fixed step the whole ring with a mask (1, W).
+        Keys (B, n, D), in no particular order, and None; in a fixed step the whole ring with a mask (1, W).
     """
     window = ring.shape[1]
     ring.index_copy_(1, step.slots(window), kv)
