@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shared_expert import swiglu
-from .weights import Weight, check_activation
+from ..formats import NVFP4Tensor
+from ..gemm import grouped_mm
+from ..workspace import is_capturing
+from . import expert_math
+from .activation import QuantizedInput
+from .dispatch import Route, combine, dispatch, place
+from .shared_expert import fused_swiglu, swiglu, swiglu_bound
+from .weights import check_activation
 
 
 class Experts(nn.Module):
@@ -21,6 +24,7 @@ class Experts(nn.Module):
         intermediate: I.
         limit: SwiGLU clamp, None for none.
         route_weight: "after" puts the routing weight on w2's output, "before" on its input.
+        weight_max: the largest routing weight there can be; enters the bound of w2's input for "before".
         dtype, device: of the parameters.
 
     The children are `w13` (E, 2I, H), the gate's rows (w1) before up's (w3), and `w2` (E, H, I).
@@ -29,23 +33,36 @@ class Experts(nn.Module):
     on the host; "grouped", one grouped product each on bf16 CUDA tensors; "dense", every expert for every
     token with weight zero where it was not chosen, which is the fastest where a token visits half of them;
     "auto" takes the loop on the CPU in eager mode, else dense for E <= 2k, else grouped.
+    `fused` is as in SharedExpert.
     """
 
     def __init__(self, experts: int, hidden: int, intermediate: int, *, limit: float | None = 10.0,
-                 route_weight: str = "after", dtype=None, device=None):  # fmt: skip
+                 route_weight: str = "after", weight_max: float = 1.0, dtype=None, device=None):  # fmt: skip
         super().__init__()
         if route_weight not in ("after", "before"):
             raise ValueError(f'route_weight must be "after" or "before", got {route_weight!r}')
         self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
         self.limit, self.route_weight, self.algorithm = limit, route_weight, "auto"
-        self.w13 = Weight(experts, 2 * intermediate, hidden, parts=2, dtype=dtype, device=device)
-        self.w2 = Weight(experts, hidden, intermediate, dtype=dtype, device=device)
+        made = {"dtype": dtype, "device": device}
+        self.w13 = QuantizedInput(experts, 2 * intermediate, hidden, parts=2, **made)
+        self.w2 = QuantizedInput(experts, hidden, intermediate, **made)
+        self.w2.activation_bound = swiglu_bound(limit, weight_max if route_weight == "before" else 1.0)
+        self.fused = intermediate % 8 == 0
+        self.workspaces = None
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    @property
+    def fused(self) -> bool:
+        return self.w13.interleaved
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self.w13.set_interleaved(fused)
+
+    def forward(self, x: Tensor | NVFP4Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Send each token to its experts and sum what comes back.
 
         Args:
-            x: (T, H) bf16 or float32.
+            x: (T, H) bf16, float32 or NVFP4.
             weights: (T, k) float32.
             chosen: (T, k) int64, expert ids.
 
@@ -53,56 +70,57 @@ class Experts(nn.Module):
             (T, H) float32, as accumulated.
         """
         check_activation("x", x, self.hidden)
-        if weights.shape != chosen.shape or chosen.shape[0] != x.shape[0]:
-            raise ValueError(f"weights and chosen must be ({x.shape[0]}, k) both, got {tuple(weights.shape)} "
-                             f"and {tuple(chosen.shape)}")  # fmt: skip
-        algorithm = self._algorithm(x, chosen.shape[1])
-        if algorithm == "dense":
-            return self._dense(x, weights, chosen)
-        return self._sorted(x, weights, chosen, _grouped if algorithm == "grouped" else _loop)
+        if len(x.shape) != 2:
+            raise ValueError(f"x must be (T, {self.hidden}), got {tuple(x.shape)}")
+        if weights.shape != chosen.shape or chosen.dim() != 2 or chosen.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"weights and chosen must be ({x.shape[0]}, k) both, "
+                f"got {tuple(weights.shape)} and {tuple(chosen.shape)}"
+            )
+        if self.w13.quantized != self.w2.quantized:
+            raise RuntimeError("w13 and w2 must be quantized both or neither")
+        if not self.w13.quantized:
+            return expert_math.high_precision(self, x, weights, chosen)
+        return self._nvfp4(x, weights, dispatch(chosen, self.experts))
 
-    def _algorithm(self, x: Tensor, k: int) -> str:
-        if self.algorithm != "auto":
-            return self.algorithm
-        if not x.is_cuda and not torch.compiler.is_compiling():
-            return "loop"
-        grouped = x.is_cuda and x.dtype == torch.bfloat16 and self.experts > 2 * k
-        return "grouped" if grouped else "dense"
+    def quantize_input(self, x: Tensor | NVFP4Tensor) -> Tensor | NVFP4Tensor:
+        """x as the first product takes it, under w13's policy."""
+        return self.w13.quantize_input(x)
 
-    def _dense(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """The routing weight is put on h in both placements: w2 is linear, so only the rounding differs."""
-        per_expert = weights.new_zeros(x.shape[0], self.experts).scatter_add(1, chosen, weights)
-        gate_up = F.linear(self.w13.operand(x), self.w13.matrix(x.dtype).flatten(0, 1))
-        h = swiglu(gate_up.unflatten(-1, (self.experts, -1)), self.limit)
-        h = self.w2.operand(h) if self.route_weight == "after" else h
-        h = (h.float() * per_expert[..., None]).to(x.dtype)
-        h = self.w2.operand(h) if self.route_weight == "before" else h
-        return (h.flatten(1) @ self.w2.matrix(x.dtype).transpose(1, 2).flatten(0, 1)).float()
+    def _nvfp4(self, x: Tensor | NVFP4Tensor, weights: Tensor, route: Route) -> Tensor:
+        """Products over padded groups; between them only the T k real rows are touched."""
+        scratch = self._scratch(x.device)
+        a = place(self.quantize_input(x), route, route.copies, scratch)
+        h = self._hidden(a, weights, route, scratch)
+        out = None if scratch is None else scratch("y", (route.rows, self.hidden), torch.bfloat16)
+        groups = (route.offsets, route.sizes)
+        y = grouped_mm(h, self.w2.nvfp4_weight(), *groups, backend=self.w2.backend, out=out)
+        return combine(y, weights if self.route_weight == "after" else None, route)
 
-    def _sorted(self, x: Tensor, weights: Tensor, chosen: Tensor, matmul) -> Tensor:
-        """Copies of the tokens stand sorted by expert, so that each expert works on one run of rows."""
-        tokens, k = chosen.shape
-        by_expert, order = torch.sort(chosen.flatten(), stable=True)
-        experts = torch.arange(self.experts, device=x.device)
-        ends = torch.searchsorted(by_expert, experts, right=True).int()
-        rows = self.w13.operand(x)[order // k]
-        h = swiglu(matmul(rows, self.w13.matrix(x.dtype), ends), self.limit)
+    def _hidden(self, a: Tensor | NVFP4Tensor, weights: Tensor, route: Route, scratch):
+        """What the second product takes, in the padded buffer."""
+        groups = (route.offsets, route.sizes)
+        if self.fused:
+            known = self.route_weight == "after"
+            h = fused_swiglu(self.w13, self.w2, a, self.limit, *groups, known=known)
+            if isinstance(h, NVFP4Tensor):
+                return h
+            rows = h[route.slot]
+        else:
+            gate_up = grouped_mm(a, self.w13.nvfp4_weight(), *groups, backend=self.w13.backend)
+            rows = swiglu(gate_up[route.slot], self.limit)
         if self.route_weight == "before":
-            h = (h.float() * weights.flatten()[order][:, None]).to(h.dtype)
-        y = matmul(self.w2.operand(h), self.w2.matrix(x.dtype), ends)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        y = y[back].view(tokens, k, self.hidden).float()
-        return (y * weights[..., None]).sum(1) if self.route_weight == "after" else y.sum(1)
+            rows = (rows.float() * weights.flatten()[:, None]).to(rows.dtype)
+        return place(self.w2.quantize_input(rows), route, 1, scratch)
 
-
-def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows (R, K) times weight (E, N, K), group e ending at row ends[e], in one kernel."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-
-
-def _loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, one product for each expert in use."""
-    bounds = [0, *ends.tolist()]
-    spans = [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
-    parts = [F.linear(rows[a:b], weight[e]) for e, a, b in spans]
-    return torch.cat(parts) if parts else rows.new_zeros(0, weight.shape[1])
+    def _scratch(self, device: torch.device):
+        """Where the padded buffers come from: the model's workspace after a warm-up, else the allocator."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.workspaces is not None:
+            return self.workspaces.on(device).get
+        if is_capturing():
+            raise RuntimeError(
+                "the experts would allocate under capture: call warmup(model, max_tokens) first"
+            )
+        return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ..formats import NVFP4Tensor
+from ..layouts import with_scale_layout
 from .experts import Experts
 from .router import Router
 from .shared_expert import SharedExpert
@@ -23,32 +26,60 @@ class MoE(nn.Module):
         vocab_size: given for a layer that routes by token id.
         shared_intermediate: I of the shared expert, by default the same.
         route_weight: "after" or "before" w2.
+        nvfp4_gate: whether the router's gate becomes NVFP4 when the model is quantized.
         dtype, device: of the parameters.
     """
 
     def __init__(self, hidden: int, intermediate: int, experts: int, top_k: int, *, route_scale: float = 1.0,
                  limit: float | None = 10.0, vocab_size: int | None = None,
                  shared_intermediate: int | None = None, route_weight: str = "after",
-                 dtype=None, device=None):  # fmt: skip
+                 nvfp4_gate: bool = False, dtype=None, device=None):  # fmt: skip
         super().__init__()
         made = {"dtype": dtype, "device": device}
         self.hidden = hidden
-        self.gate = Router(hidden, experts, top_k, route_scale=route_scale, vocab_size=vocab_size, **made)
-        self.experts = Experts(experts, hidden, intermediate, limit=limit, route_weight=route_weight, **made)
+        self.gate = Router(hidden, experts, top_k, route_scale=route_scale, vocab_size=vocab_size,
+                           nvfp4=nvfp4_gate, **made)  # fmt: skip
+        self.experts = Experts(experts, hidden, intermediate, limit=limit, route_weight=route_weight,
+                               weight_max=route_scale, **made)  # fmt: skip
         self.shared_experts = SharedExpert(hidden, shared_intermediate or intermediate, limit=limit, **made)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | NVFP4Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Apply the block's experts.
 
         Args:
-            x: (..., H) bf16 or float32.
+            x: (..., H) bf16, float32 or NVFP4 with a global scale for the tensor or each token.
             token_ids: (...) integer, needed where the layer routes by token id.
 
         Returns:
-            (..., H) in x's dtype.
+            (..., H) in x's dtype, bf16 for NVFP4.
         """
         check_activation("x", x, self.hidden)
-        rows = x.reshape(-1, self.hidden)
+        rows = x.reshape(-1, self.hidden) if isinstance(x, Tensor) else _as_rows(x)
         weights, chosen = self.gate(rows, token_ids)
-        y = self.experts(rows, weights, chosen) + self.shared_experts(rows).float()
-        return y.to(x.dtype).view(x.shape)
+        a = self.experts.quantize_input(rows) if self._share_input() else rows
+        y = self.experts(a, weights, chosen) + self.shared_experts(a).float()
+        return y.to(x.dtype if isinstance(x, Tensor) else torch.bfloat16).view(x.shape)
+
+    def _share_input(self) -> bool:
+        """Whether routed and shared experts would quantize the same input to the same codes.
+
+        Known scales are each layer's own. A callable is shared where it is the same.
+        """
+        routed, shared = self.experts.w13, self.shared_experts.w13
+        same = (routed.activation_scale, routed.activation_dtype) == (
+            shared.activation_scale,
+            shared.activation_dtype,
+        )
+        known = routed.activation_scale in ("static", "bound") and routed.activation_dtype == "nvfp4"
+        observed = routed.observer is not None or shared.observer is not None
+        return routed.quantized and shared.quantized and same and not known and not observed
+
+
+def _as_rows(x: NVFP4Tensor) -> NVFP4Tensor:
+    """(..., H) as (T, H) with linear block scales."""
+    if len(x.shape) == 2:
+        return x
+    x = with_scale_layout(x, "linear")
+    scales = x.block_scales.reshape(-1, x.block_scales.shape[-1])
+    g = x.global_scale.reshape(-1) if x.granularity == "token" else x.global_scale
+    return NVFP4Tensor(x.codes.reshape(-1, x.codes.shape[-1]), scales, g, "linear", x.granularity)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .weights import KeepsFloat32, check_activation
+from ..formats import NVFP4Tensor
+from ..gemm import grouped_mm
+from .activation import QuantizedInput
+from .weights import check_activation
 
 
-class Router(KeepsFloat32):
+class Router(QuantizedInput):
     """Scores sqrt(softplus(W x)) in float32; a bias or the token's id chooses, the scores alone weigh.
 
     Args:
@@ -21,19 +22,18 @@ class Router(KeepsFloat32):
         route_scale: factor on the weights, which sum to one before it.
         vocab_size: given for a hash layer, whose table `tid2eid` (V, k) int64 chooses by token id; such a
             layer has no bias.
+        nvfp4: whether the gate becomes NVFP4 when its model is quantized; by default it stays as it is.
         dtype, device: of the weight (E, H). The bias (E,) is a float32 buffer: no gradient reaches it.
     """
 
-    float32_names = ("bias",)
+    float32_names = (*QuantizedInput.float32_names, "bias")
 
     def __init__(self, hidden: int, experts: int, top_k: int, *, route_scale: float = 1.0,
-                 vocab_size: int | None = None, dtype=None, device=None):  # fmt: skip
-        super().__init__()
+                 vocab_size: int | None = None, nvfp4: bool = False, dtype=None, device=None):  # fmt: skip
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k must lie within 1 and experts = {experts}, got {top_k}")
+        super().__init__(experts, hidden, nvfp4=nvfp4, dtype=dtype, device=device)
         self.hidden, self.experts, self.top_k, self.route_scale = hidden, experts, top_k, route_scale
-        self.weight = nn.Parameter(torch.empty(experts, hidden, dtype=dtype, device=device))
-        nn.init.uniform_(self.weight, -1.0 / math.sqrt(hidden), 1.0 / math.sqrt(hidden))
         hashed = vocab_size is not None
         bias = None if hashed else torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("bias", bias)
@@ -44,11 +44,11 @@ class Router(KeepsFloat32):
         first = torch.arange(vocab_size, device=device)[:, None]
         return (first + torch.arange(self.top_k, device=device)) % self.experts
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | NVFP4Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route each token.
 
         Args:
-            x: (T, H) bf16 or float32.
+            x: (T, H) bf16, float32 or NVFP4.
             token_ids: (T,) integer, needed by a hash layer, unused by others.
 
         Returns:
@@ -58,7 +58,7 @@ class Router(KeepsFloat32):
             ValueError: a hash layer without token ids, or with a count of them other than T.
         """
         check_activation("x", x, self.hidden)
-        scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
+        scores = F.softplus(self._logits(x)).sqrt()
         if self.tid2eid is None:
             chosen = torch.topk(scores + self.bias, self.top_k, dim=-1).indices
         else:
@@ -66,6 +66,11 @@ class Router(KeepsFloat32):
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # all scores can underflow to zero
         return weights * self.route_scale, chosen
+
+    def _logits(self, x: Tensor | NVFP4Tensor) -> Tensor:
+        if not self.quantized:
+            return F.linear(self.operand(x).float(), self.matrix(torch.float32))
+        return grouped_mm(self.quantize_input(x), self.nvfp4_weight(), backend=self.backend).float()
 
     def _by_token(self, token_ids: Tensor | None, tokens: int) -> Tensor:
         if token_ids is None:

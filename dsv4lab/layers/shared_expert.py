@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..formats import GLOBAL_DIVISOR, NVFP4Tensor
+from ..gemm import grouped_mm_swiglu
+from ..quantize import bound_global_scale
 from .linear import Linear
 
 
@@ -24,6 +27,11 @@ def swiglu(gate_up: Tensor, limit: float | None = 10.0) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def swiglu_bound(limit: float | None, weight_max: float = 1.0) -> float | None:
+    """The largest magnitude of a clamped SwiGLU in bf16, times a routing weight; None without a clamp."""
+    return None if limit is None else bound_global_scale(limit, weight_max) * GLOBAL_DIVISOR
+
+
 class SharedExpert(nn.Module):
     """L1 (gate and up), clamped SwiGLU, L2.
 
@@ -34,16 +42,56 @@ class SharedExpert(nn.Module):
         dtype, device: of the parameters.
 
     The children are `w13`, a Linear (2I, H) with the gate's rows (w1) before up's (w3), and `w2` (H, I).
+
+    `fused` computes SwiGLU inside the first product of quantized weights, in float32, and where w2's global
+    scale is known beforehand quantizes there too; otherwise gate and up are rounded to bf16 between the two.
     """
 
-    def __init__(
-        self, hidden: int, intermediate: int, *, limit: float | None = 10.0, dtype=None, device=None
-    ):
+    def __init__(self, hidden: int, intermediate: int, *, limit: float | None = 10.0, dtype=None,
+                 device=None):  # fmt: skip
         super().__init__()
         self.limit = limit
         self.w13 = Linear(hidden, 2 * intermediate, parts=2, dtype=dtype, device=device)
         self.w2 = Linear(intermediate, hidden, dtype=dtype, device=device)
+        self.w2.activation_bound = swiglu_bound(limit)
+        self.fused = intermediate % 8 == 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the expert to x (..., H), bf16 or float32; returns the same shape and dtype."""
-        return self.w2(swiglu(self.w13(x), self.limit))
+    @property
+    def fused(self) -> bool:
+        return self.w13.interleaved
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        """Switching lays the weight out anew, so that the two can never disagree."""
+        self.w13.set_interleaved(fused)
+
+    def forward(self, x: Tensor | NVFP4Tensor) -> Tensor:
+        """Apply the expert.
+
+        Args:
+            x: (..., H) bf16, float32 or NVFP4.
+
+        Returns:
+            (..., H) in x's dtype, bf16 for NVFP4.
+        """
+        if not self.w13.quantized:
+            return self.w2(swiglu(self.w13(x), self.limit))
+        a = self.w13.quantize_input(x)
+        h = fused_swiglu(self.w13, self.w2, a, self.limit) if self.fused else swiglu(self.w13(a), self.limit)
+        y = self.w2(h)
+        return y.to(x.dtype) if isinstance(x, Tensor) else y
+
+
+def fused_swiglu(w13, w2, a: Tensor | NVFP4Tensor, limit: float | None, offsets=None, sizes=None, known=True):
+    """The first product with SwiGLU in it: bf16, or NVFP4 where w2's global scale is known beforehand.
+
+    Args:
+        w13, w2: the layers of both products.
+        a, limit, offsets, sizes: as for grouped_mm_swiglu.
+        known: False keeps bf16 in any case, for callers that change h before it is quantized.
+    """
+    weight, options = w13.nvfp4_weight(), {"limit": limit, "backend": w13.backend}
+    g = w2.known_scale() if known and w2.quantized and w2.activation_dtype == "nvfp4" else None
+    if g is None or w2.observer is not None:
+        return grouped_mm_swiglu(a, weight, offsets, sizes, **options)
+    return grouped_mm_swiglu(a, weight, offsets, sizes, output="nvfp4", global_scale=g, **options)
