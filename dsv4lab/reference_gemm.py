@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import reference
+from . import reference, workspace
 from .formats import BLOCK, SWIZZLE_ROWS
-from .workspace import is_capturing
 
 _TILE_BYTES = 1 << 28  # of gathered weights at a time, where the host must not know the group sizes
 
@@ -120,7 +119,7 @@ def grouped_mm_swiglu(
 ) -> Tensor:
     """(rows, I) bf16."""
     values, spans = product(a, b, offsets, sizes)
-    return scatter(swiglu_pairs(values, limit).to(torch.bfloat16), spans, a.data.shape[0])
+    return scatter(_swiglu(values, limit), spans, a.data.shape[0])
 
 
 def grouped_mm_swiglu_quantize(
@@ -129,8 +128,7 @@ def grouped_mm_swiglu_quantize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes (rows, I/2) and block scales of the bf16 value; those of padding rows are zero."""
     values, spans = product(a, b, offsets, sizes)
-    h = swiglu_pairs(values, limit).to(torch.bfloat16)
-    codes, scales, _ = reference.quantize(h, global_scale, "tensor", 1.0, False)
+    codes, scales, _ = reference.quantize(_swiglu(values, limit), global_scale, "tensor", 1.0, False)
     rows = a.data.shape[0]
     codes, scales = scatter(codes, spans, rows), scatter(scales, spans, rows, fill=True)
     if spans is None and offsets is not None:
@@ -147,12 +145,10 @@ def _padding(offsets: Tensor, sizes: Tensor, rows: int) -> Tensor:
     return row >= ends[group]
 
 
-def swiglu_pairs(y: Tensor, limit: float | None) -> Tensor:
-    """Clamped SwiGLU in float32 of rows that hold 8 gates, their 8 ups, the next 8 gates, ..."""
-    gate, up = y.unflatten(-1, (y.shape[-1] // 16, 2, 8)).unbind(-2)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (F.silu(gate) * up).flatten(-2)
+def _swiglu(values: Tensor, limit: float | None) -> Tensor:
+    """Clamped SwiGLU in float32, rounded to bf16, of rows of 8 gates, their 8 ups, the next 8 gates, ..."""
+    gate, up = values.unflatten(-1, (values.shape[-1] // 16, 2, 8)).unbind(-2)
+    return reference.swiglu(gate, up, limit).flatten(-2)
 
 
 def _one_group(a: Rows, b: Stack) -> Tensor:
@@ -239,7 +235,7 @@ def decoded_weight(b: Stack) -> Tensor:
     Tensors made in inference mode do not count their changes, so they are decoded anew each time; so is
     everything under capture, whose memory belongs to the graph.
     """
-    if b.codes.is_inference() or is_capturing():
+    if b.codes.is_inference() or workspace.is_capturing():
         return _decode_stack(b)
     mark = (b.codes._version, b.scales.data_ptr(), b.scales._version, b.layout)
     kept = _decoded.get(b.codes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import workspace
 from ..formats import NVFP4Tensor
 from ..gemm import grouped_mm
-from ..workspace import is_capturing
 from . import expert_math
 from .activation import QuantizedInput
 from .dispatch import Route, combine, dispatch, place
@@ -119,7 +119,7 @@ class Experts(nn.Module):
             return None
         if self.workspaces is not None:
             return self.workspaces.on(device).get
-        if is_capturing():
+        if workspace.is_capturing():
             raise RuntimeError(
                 "the experts would allocate under capture: call warmup(model, max_tokens) first"
             )

@@ -19,9 +19,10 @@ def swiglu(gate_up: Tensor, limit: float | None = 10.0) -> Tensor:
         limit: where to clamp; the gate only from above, up on both sides; None clamps nothing.
 
     Returns:
-        (..., I) in gate_up's dtype.
+        (..., I) in gate_up's dtype; NaN or Inf in gives NaN out, the clamp does not hide it.
     """
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    nan = float("nan")
+    gate, up = gate_up.float().nan_to_num(nan, nan, nan).chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (F.silu(gate) * up).to(gate_up.dtype)

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..workspace import Workspaces, is_capturing
+from .. import workspace
+from ..workspace import Workspaces
 from .activation import QuantizedInput
 from .experts import Experts
 from .grouped_linear import GroupedLinear
@@ -106,7 +107,7 @@ def warmup(model: nn.Module, max_tokens: int, tokens: tuple[int, ...] = (1,)) ->
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
-    if is_capturing():
+    if workspace.is_capturing():
         raise RuntimeError("warmup compiles and allocates, which a capture does not allow: call it before")
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     shared = next((m.workspaces for m in experts if m.workspaces is not None), None) or Workspaces()
