@@ -1,6 +1,6 @@
 """How other libraries quantize to NVFP4: each as frozen data, and one function that follows it bit for bit.
 
-A formula is named by its own text, which `table` prints: a is the block's largest magnitude, g the global scale
+A formula is named by its own text, as `table` prints it: a is a block's largest magnitude, g the global scale
 in decode direction, e = 1 / g the one in encode direction, s the block scale after its E4M3 cast. Every
 operation is one fp32 rounding. Presets describe finite data; they exist to compare, the pipeline uses none.
 """

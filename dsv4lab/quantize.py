@@ -92,7 +92,8 @@ def quantize_weight(
     Returns:
         NVFP4Tensor (N, K) or (G, N, K).
     """
-    _check_data("w", w, check_finite=False)
+    if not isinstance(w, Tensor):
+        raise TypeError(f"w must be a tensor, got {type(w).__name__}")
     if layout not in ("nk", "kn"):
         raise ValueError(f"layout must be 'nk' or 'kn', got {layout!r}")
     if w.dim() not in (2, 3):
@@ -100,13 +101,9 @@ def quantize_weight(
     if isinstance(global_scale, str) and global_scale == "token":
         raise ValueError("global_scale of a weight must be 'tensor', 'group' or a known scale, got 'token'")
     rows_first = w if layout == "nk" else w.transpose(-1, -2)
+    _check_data("w", rows_first, check_finite)
     return quantize_nvfp4(
-        rows_first,
-        global_scale,
-        scale_layout=scale_layout,
-        divisor=divisor,
-        check_finite=check_finite,
-        backend=backend,
+        rows_first, global_scale, scale_layout=scale_layout, divisor=divisor, backend=backend
     )
 
 

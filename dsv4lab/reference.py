@@ -25,6 +25,7 @@ def quantize(
     x: Tensor, global_scale: Tensor | None, granularity: str, divisor: float, swizzled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, block scales and global scale of x (..., K); the last is computed where None is given."""
+    x = x.contiguous()  # results of elementwise operators take the strides of their input
     amax = block_amax(x)
     g = runtime_scale(amax, granularity, divisor) if global_scale is None else checked_scale(global_scale)
     rows_g = row_scales(g, granularity, x.shape[:-1])
@@ -43,7 +44,7 @@ def block_amax(x: Tensor) -> Tensor:
 
 def global_scale(x: Tensor, granularity: str, divisor: float) -> Tensor:
     """g = max(max|x|, 1e-8) / divisor over the tensor, each row or each x[i]."""
-    return runtime_scale(block_amax(x), granularity, divisor)
+    return runtime_scale(block_amax(x.contiguous()), granularity, divisor)
 
 
 def runtime_scale(amax: Tensor, granularity: str, divisor: float) -> Tensor:
@@ -150,7 +151,7 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x * rrms * weight in fp32, rounded once to bf16, and rrms = 1 / sqrt(mean(x^2) + eps), fp32 (...)."""
-    x = x.float()
+    x = x.contiguous().float()
     # A row whose mean square overflows or holds Inf becomes NaN, not zeros.
     mean = x.square().mean(-1, keepdim=True).nan_to_num_(NAN, NAN)
     rrms = mean.add_(eps).rsqrt_()
