@@ -112,9 +112,18 @@ class NVFP4Tensor:
         """A copy with some fields replaced, checked again."""
         return dataclasses.replace(self, **changes)
 
+    def __reduce__(self):
+        # plain pickle cannot hold float8 storage
+        meta = tuple(getattr(self, name) for name in _META)
+        return _unpickle, (self.codes, self.block_scales.view(torch.uint8), self.global_scale, *meta)
+
 
 _PARTS = ("codes", "block_scales", "global_scale")
 _META = ("scale_layout", "granularity", "interleaved")
+
+
+def _unpickle(codes: Tensor, scale_bytes: Tensor, global_scale: Tensor, *meta) -> NVFP4Tensor:
+    return NVFP4Tensor(codes, scale_bytes.view(SCALE_DTYPE), global_scale, *meta)
 
 
 def _check_parts(codes: Tensor, block_scales: Tensor, global_scale: Tensor) -> None:
