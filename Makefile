@@ -9,6 +9,9 @@ READY := $(VENV)/.complete
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 TESTS ?=
 
+PROMPT ?= import os\nimport sys\n\n\ndef main(argv=None):\n
+DEMO_BYTES ?= 4096
+
 .PHONY: help demo test lab lint setup
 
 help:
@@ -23,7 +26,10 @@ $(READY): pyproject.toml constraints.txt .ci/setup
 	@VENV=$(VENV) .ci/setup
 
 demo: $(READY)
-	@$(BIN)/python -m dsv4lab.demo
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && set -ex && \
+	$(BIN)/dsv4lab quantize data/nano "$$dir/nano-nvfp4" && \
+	$(BIN)/dsv4lab decode --model "$$dir/nano-nvfp4" --prompt '$(PROMPT)' --max-new-tokens 250 && \
+	$(BIN)/dsv4lab evaluate --max-bytes $(DEMO_BYTES)
 
 test: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(TESTS)

@@ -2,10 +2,11 @@
 
 from .convert import quantize_checkpoint
 from .files import Checkpoint, CheckpointError
-from .load import load, load_config, load_model
+from .load import NANO, load, load_config, load_model
 from .save import save
 
 __all__ = [
+    "NANO",
     "Checkpoint",
     "CheckpointError",
     "load",

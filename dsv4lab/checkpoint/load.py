@@ -11,7 +11,10 @@ from torch import Tensor
 from dsv4lab.formats import GLOBAL_MAX, GLOBAL_MIN
 
 from .files import Checkpoint, CheckpointError, Entry, read_json
-from .match import Match, Stored, match
+from .match import Match, Stored, WithoutDraws, match
+
+NANO = Path(__file__).resolve().parents[2] / "data" / "nano"
+"""The model that ships with the repository."""
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the steps in all, and the name at hand."""
@@ -171,6 +174,7 @@ def load_model(directory: str | Path, *, device=None, dtype: torch.dtype | None 
     from dsv4lab.model import DeepseekV4
 
     config, state = load(directory, progress=progress)
-    model = DeepseekV4(config, device=device, dtype=dtype or state["embed.weight"].dtype)
+    with WithoutDraws():
+        model = DeepseekV4(config, device=device, dtype=dtype or state["embed.weight"].dtype)
     model.load_state_dict(state)
     return model.eval()

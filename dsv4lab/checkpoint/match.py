@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 from dsv4lab.formats import BLOCK
 
 from .files import Checkpoint, CheckpointError, Entry
@@ -81,7 +84,18 @@ def model_shapes(config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model in high precision, without allocating it."""
     from dsv4lab.model import DeepseekV4
 
-    return {name: tuple(t.shape) for name, t in DeepseekV4(config, device="meta").state_dict().items()}
+    with WithoutDraws():
+        return {name: tuple(t.shape) for name, t in DeepseekV4(config, device="meta").state_dict().items()}
+
+
+class WithoutDraws(TorchFunctionMode):
+    """Leaves out the drawing of random weights that will be overwritten, or have no storage to begin with."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.nn.init.uniform_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 class _Table:

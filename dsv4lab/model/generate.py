@@ -16,7 +16,7 @@ BYTE_VOCABULARY = 256
 
 def encode_bytes(text: str) -> list[int]:
     """The token ids of a text for a byte-level model, after the byte it has seen before every text."""
-    return [BEGIN, *text.encode()]
+    return [BEGIN, *text.encode("utf-8", "surrogateescape")]
 
 
 def generate(model, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0,
