@@ -32,6 +32,8 @@ def attend(q: Tensor, parts: list[Part], sink: Tensor) -> Tensor:
     Returns:
         (B, T, heads, D) float32.
     """
+    if q.is_cpu:  # where products of bf16 are several times slower than those of float32
+        q, parts = q.float(), [(keys.float(), mask) for keys, mask in parts]
     scores = [_scores(q, keys, mask) for keys, mask in parts]
     sink = sink.float()[:, None]
     top = torch.stack([s.detach().amax(-1) for s in scores], -1).amax(-1, keepdim=True)
@@ -99,10 +101,11 @@ class Attention(nn.Module):
             (B, T, H).
         """
         turn = step.rotation(self.rotation)
-        qr = self.q_norm(self.wq_a(x))
+        shared = self.wq_a.quantize_input(x) if self._share_input() else x
+        qr = self.q_norm(self.wq_a(shared).to(x.dtype))
         q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
         q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
-        kv = rotate(self.kv_norm(self.wkv(x)), turn).to(x.dtype)
+        kv = rotate(self.kv_norm(self.wkv(shared)), turn).to(x.dtype)
         if cache is not None and step.tokens == 1:
             parts = [window_keys(kv, step, cache.window)]
         else:
@@ -112,6 +115,13 @@ class Attention(nn.Module):
         o = self._attend_padded(q, parts)
         o = rotate(o, turn, inverse=True).to(x.dtype)  # values carry their key's rotation
         return self.wo_b(self.wo_a(o.unflatten(2, (self.groups, -1)).flatten(3)).flatten(2))
+
+    def _share_input(self) -> bool:
+        """Whether wq_a and wkv would quantize their one input to the same codes, with nobody looking on."""
+        a, b = self.wq_a, self.wkv
+        same = (a.activation_scale, a.activation_dtype) == (b.activation_scale, b.activation_dtype)
+        own = a.activation_scale in ("static", "bound") and a.activation_dtype == "nvfp4"
+        return a.quantized and b.quantized and same and not own and a.observer is None and b.observer is None
 
     def _attend_padded(self, q: Tensor, parts: list[Part]) -> Tensor:
         """Blocks are equal runs of queries: fill the last one up, and drop what it yields."""
