@@ -1,0 +1,40 @@
+"""Figures and tables for the notebooks: pure functions of their arguments that return something to show."""
+
+from dsv4lab.plots.decode import Texts, agreement_by_margin, bars, code_use, logits, sqnr_by_layer
+from dsv4lab.plots.quantization import (
+    block,
+    block_codes,
+    edited_block,
+    number_lines,
+    policies,
+    round_trip,
+    saturation,
+    sqnr_against_scale,
+    sqnr_db,
+    staircase,
+)
+from dsv4lab.plots.style import Picture, Table
+from dsv4lab.plots.tables import backends, conventions
+
+__all__ = [
+    "Picture",
+    "Table",
+    "Texts",
+    "agreement_by_margin",
+    "backends",
+    "bars",
+    "block",
+    "block_codes",
+    "code_use",
+    "conventions",
+    "edited_block",
+    "logits",
+    "number_lines",
+    "policies",
+    "round_trip",
+    "saturation",
+    "sqnr_against_scale",
+    "sqnr_by_layer",
+    "sqnr_db",
+    "staircase",
+]
