@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -29,8 +29,8 @@ def python(code: str) -> str:
 
 def test_importing_is_quick_and_pulls_in_no_heavy_package():
     heavy = "{'cutlass', 'matplotlib', 'transformers', 'IPython', 'ipywidgets'}"
-    everything = f"import dsv4lab, sys; [getattr(dsv4lab, n) for n in dsv4lab.__all__]; print({heavy} & set(sys.modules))"
-    assert python(everything).strip() == "set()"
+    names = "[getattr(dsv4lab, name) for name in dsv4lab.__all__]"
+    assert python(f"import dsv4lab, sys; {names}; print({heavy} & set(sys.modules))").strip() == "set()"
     start = time.perf_counter()
     python("import dsv4lab")
     assert time.perf_counter() - start < 3
@@ -64,7 +64,6 @@ def requirements() -> dict[str, SpecifierSet]:
 
 
 def conda_requirements() -> dict[str, SpecifierSet]:
-    yaml = pytest.importorskip("yaml")
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(entry for entry in listed if isinstance(entry, dict))["pip"]
     assert "-e ." in pip
@@ -103,121 +102,36 @@ def test_constraints_lie_within_the_ranges():
     assert not [name for name in pinned if re.match("torch$|nvidia-|cuda-", name)]
 
 
-def test_setup_script_installs_a_torch_that_pyproject_allows():
-    version = re.search(r"^torch_version=(\S+)$", (ROOT / ".ci/setup").read_text(), re.M)[1]
-    assert requirements()["torch"].contains(version)
-
-
-# ---- set-up, with stand-ins for python and pip --------------------------------------------------------------------
-
-FAKE_PYTHON = """#!/bin/sh
-# Stands for the interpreter and for the one of the environment it makes; logs what pip is asked for.
-case "$*" in
-  *"venv --clear"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python"; echo "venv" >> "$LOG" ;;
-  *"pip --version"*) ;;
-  *"pip install"*) shift 3; echo "pip $*" >> "$LOG"
-    for word in $REFUSED; do case "$*" in *"$word"*) exit 1 ;; esac; done
-    case "$*" in *-e*) [ -z "$KILLED" ] || kill -9 $PPID ;; esac ;;
-  -) exit 1 ;;
-  --version) echo Python 3.12.0 ;;
-esac
-"""
-
-
-@pytest.fixture
-def workshop(tmp_path):
-    """A copy of the set-up's files and a function that runs `make setup` on stand-ins; returns what pip saw."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / ".ci").mkdir()
-    (tmp_path / ".ci/setup").write_text((ROOT / ".ci/setup").read_text())
-    (tmp_path / ".ci/setup").chmod(0o755)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "python3").write_text(FAKE_PYTHON)
-    (tools / "nvidia-smi").write_text("#!/bin/sh\nexit ${NO_GPU:-1}\n")
-    (tools / "uname").write_text("#!/bin/sh\necho Linux\n")
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    log = tmp_path / "log"
-
-    def make(check=True, refused="", killed="", **variables):
-        log.write_text("")
-        environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "LOG": str(log), "REFUSED": refused,
-                       "KILLED": killed, **variables}  # fmt: skip
-        for name in ("MAKEFLAGS", "MAKELEVEL", "PYTHON", "TORCH_INDEX", "VIRTUAL_ENV"):
-            if name not in variables:
-                environment.pop(name, None)
-        run = subprocess.run(["make", "setup"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert (run.returncode == 0) == check, run.stderr
-        return log.read_text(), run.stderr
-
-    make.folder = tmp_path
-    return make
-
-
-pytestmark_gpu = pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has a GPU")
-
-
-@pytestmark_gpu
-def test_setup_takes_the_cpu_build_first_and_runs_once(workshop):
-    log, _ = workshop()
-    assert re.findall("torch==.*", log) == ["torch==2.13.0+cpu"] and "venv" in log and "-e .[test]" in log
-    assert workshop()[0] == ""
-    (workshop.folder / "pyproject.toml").touch()
-    log, _ = workshop()
-    assert "-e .[test]" in log and "venv" not in log
-
-
-@pytestmark_gpu
-def test_setup_looks_at_pytorchs_index_next_and_says_when_it_takes_cuda(workshop):
-    log, message = workshop(refused="+cpu")
-    asked = [line for line in log.splitlines() if "torch==" in line]
-    assert "download.pytorch.org/whl/cpu" in asked[1] and asked[2].endswith("torch==2.13.0")
-    assert "gigabytes of CUDA" in message
-
-
-def test_setup_with_a_gpu_takes_the_default_build(workshop):
-    log, _ = workshop(NO_GPU="0")
-    assert re.findall("torch==.*", log) == ["torch==2.13.0"]
-
-
-def test_setup_obeys_torch_index(workshop):
-    log, _ = workshop(TORCH_INDEX="https://example.org/simple")
-    assert "torch==2.13.0 --index-url https://example.org/simple" in log and "+cpu" not in log
-
-
-def test_a_failed_setup_is_not_taken_for_finished(workshop):
-    _, message = workshop(check=False, refused="-e")
-    assert "pip could not install" in message
-    log, _ = workshop()
-    assert "-e .[test]" in log and "venv" not in log
-
-
-def test_a_killed_setup_starts_from_an_empty_environment(workshop):
-    workshop(check=False, killed="1")
-    log, _ = workshop()
-    assert "venv" in log and "-e .[test]" in log
-
-
-def test_setup_without_a_new_enough_python_says_so(workshop):
-    old = workshop.folder / "old-python"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    _, message = workshop(check=False, PYTHON=str(old))
-    assert "is not a Python of 3.11 or newer" in message
-
-
-# ---- notebooks that need hardware ---------------------------------------------------------------------------------
+# ---- notebooks that need hardware
 
 
 def test_a_notebook_that_needs_hardware_is_skipped_with_a_reason(tmp_path):
-    cell = {"cell_type": "code", "source": "raise SystemError", "metadata": {}, "outputs": [], "execution_count": None}
-    metadata = {"dsv4lab": {"needs": ["reference", "emulator"]}, "kernelspec": {"name": "python3", "display_name": "p"}}
+    cell = {
+        "cell_type": "code",
+        "source": "raise SystemError",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
+    metadata = {
+        "dsv4lab": {"needs": ["reference", "emulator"]},
+        "kernelspec": {"name": "python3", "display_name": "p"},
+    }
     notebook = {"cells": [cell], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
     (tmp_path / "needs.ipynb").write_text(json.dumps(notebook))
     (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
-    command = [sys.executable, "-m", "pytest", "--nbmake", "-rs", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        tmp_path,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and "1 skipped" in run.stdout, run.stdout
     assert "needs emulator: the emulator is not written yet" in run.stdout

@@ -88,12 +88,15 @@ def model_shapes(config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in DeepseekV4(config, device="meta").state_dict().items()}
 
 
+_DRAWS = (torch.nn.init.normal_, torch.nn.init.uniform_, torch.Tensor.normal_, torch.Tensor.uniform_)
+
+
 class WithoutDraws(TorchFunctionMode):
     """Leaves out the drawing of random weights that will be overwritten, or have no storage to begin with."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (torch.nn.init.normal_, torch.nn.init.uniform_):
+        if function in _DRAWS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return function(*args, **kwargs)
 
