@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4lab import reference
 
@@ -58,6 +59,25 @@ def test_torch_casts_to_e4m3_as_ml_dtypes_does():
     np.testing.assert_array_equal(got, values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
     nan = torch.tensor([float("nan")]).to(torch.float8_e4m3fn).view(torch.uint8)
     assert nan.item() == 0x7F
+
+
+class CastsToE4M3(TorchDispatchMode):
+    """Keeps the largest value that was cast to E4M3."""
+
+    largest = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float8_e4m3fn:
+            self.largest = max(self.largest, args[0].nan_to_num(0.0).max().item())
+        return func(*args, **(kwargs or {}))
+
+
+def test_scales_are_clamped_before_the_cast():
+    """torch 2.11 casts what exceeds 464 to NaN, 2.13 saturates: the bits must not depend on it."""
+    x = torch.tensor([[1.0] * 16, [1e6] * 16, [1e38] * 16])
+    with CastsToE4M3() as casts:
+        _, scales, _ = reference.quantize(x, torch.tensor(0.1), "tensor", 2688.0, False)
+    assert casts.largest == 448.0 and scales.float()[1:].eq(448).all()
 
 
 def test_pack_and_decode_are_inverse():
