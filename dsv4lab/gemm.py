@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference_gemm as ref
-from .formats import SCALE_DTYPE, NVFP4Tensor, scales_shape
+from .formats import BLOCK, SCALE_DTYPE, NVFP4Tensor, scales_shape
 from .gemm_arguments import check_out, known_scale, matrix, operands
 from .ops import register_op
 
@@ -112,7 +112,7 @@ def _swiglu_nvfp4(flat, shape, lead, limit, g, scale_layout, backend, out) -> NV
     if out is None:
         codes, scales = GROUPED_MM_SWIGLU_QUANTIZE(*arguments, backend=backend)
         if scale_layout == "linear":
-            codes, scales = codes.view(*lead, -1), scales.view(*lead, -1)
+            codes, scales = codes.view(*lead, shape[1] // 2), scales.view(*lead, shape[1] // BLOCK)
         return NVFP4Tensor(codes, scales, g, scale_layout, "tensor")
     if not isinstance(out, NVFP4Tensor):
         raise TypeError(f"out must be an NVFP4Tensor for output='nvfp4', got {type(out).__name__}")

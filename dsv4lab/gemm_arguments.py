@@ -5,24 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import NVFP4Tensor
+from .formats import BLOCK, NVFP4Tensor
 from .ops import first_rows
-from .quantize import bound_global_scale
+from .policies import bound_global_scale, scale_argument
 
 
 def known_scale(global_scale, limit: float | None, device: torch.device) -> Tensor:
+    """The global scale of an NVFP4 output as a tensor, by default the bound that the clamp implies."""
     if global_scale is None:
         if limit is None:
             raise ValueError("global_scale is needed for NVFP4 output: without a limit nothing bounds it")
         global_scale = bound_global_scale(limit)
-    if not isinstance(global_scale, Tensor):
-        return torch.full((), float(global_scale), dtype=torch.float32, device=device)
-    if global_scale.shape != () or global_scale.dtype != torch.float32 or global_scale.device != device:
-        raise ValueError(
-            f"global_scale must be a () float32 tensor on {device}, got {tuple(global_scale.shape)} "
-            f"{global_scale.dtype} on {global_scale.device}"
-        )
-    return global_scale
+    if isinstance(global_scale, Tensor) and global_scale.dim():
+        raise ValueError(f"global_scale must be one number for the output, got {tuple(global_scale.shape)}")
+    g, _ = scale_argument(global_scale, (1, BLOCK), device)
+    if g is None:
+        raise ValueError(f"global_scale must be known beforehand, got the policy {global_scale!r}")
+    return g
 
 
 def matrix(b: NVFP4Tensor) -> tuple[int, int, int]:
