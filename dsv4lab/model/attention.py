@@ -105,7 +105,7 @@ class Attention(nn.Module):
         qr = self.q_norm(self.wq_a(shared).to(x.dtype))
         q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
         q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
-        kv = rotate(self.kv_norm(self.wkv(shared)), turn).to(x.dtype)
+        kv = rotate(self.kv_norm(self.wkv(shared).to(x.dtype)), turn).to(x.dtype)
         if cache is not None and step.tokens == 1:
             parts = [window_keys(kv, step, cache.window)]
         else:
