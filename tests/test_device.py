@@ -27,7 +27,14 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch, what):
 
 @pytest.mark.parametrize(
     "found, what, available",
-    [((9, 0), "sm_90a", True), ((9, 0), "sm_100a", False), ((10, 3), "sm_103a", True), ((8, 0), "cuda", True)],
+    [
+        ((9, 0), "sm_90a", True),
+        ((9, 0), "sm_100a", False),
+        ((10, 0), "sm_90a", False),
+        ((10, 3), "sm_100a", False),
+        ((10, 3), "sm_103a", True),
+        ((8, 0), "cuda", True),
+    ],
 )
 def test_the_architecture_decides(monkeypatch, found, what, available):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -36,7 +43,8 @@ def test_the_architecture_decides(monkeypatch, found, what, available):
     status = device.supports(what)
     assert bool(status) == available
     if not available:
-        assert status.reason == "the GPU is sm_90, the kernels need sm_100"
+        wanted = what.removesuffix("a")
+        assert status.reason == f"the GPU is sm_{found[0]}{found[1]}, the kernels need {wanted}"
 
 
 def test_a_written_kernel_leaves_the_gpu_as_the_reason(monkeypatch, tmp_path):

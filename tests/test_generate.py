@@ -77,10 +77,9 @@ def test_a_row_that_has_ended_repeats_its_stop_token(tiny_config):
                 logits[1] = logits[1].roll(1, -1)
             return logits
 
-    steps = list(
-        generate(TwoRows(tiny_config, b"abcde"), torch.ones(2, 3, dtype=torch.int64), 5, stop=[ord("c")])
-    )
-    assert [bytes(step.tolist()) for step in steps] == [b"aa", b"bc", b"cc"]
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    steps = list(generate(TwoRows(tiny_config, b"abzcd"), ids, 5, stop=[ord("c")]))
+    assert [bytes(step.tolist()) for step in steps] == [b"aa", b"bc", b"zc", b"cc"]
 
 
 def test_text_comes_in_whole_characters(tiny_config):

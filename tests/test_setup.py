@@ -30,7 +30,7 @@ esac
 
 @pytest.fixture
 def workshop(tmp_path):
-    """A function that runs `make setup` on stand-ins in a copy of its files; returns what pip saw and stderr."""
+    """Runs `make setup` on stand-ins in a copy of its files; returns what pip saw and stderr."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / ".ci").mkdir()
