@@ -680,31 +680,28 @@ def test_layer_inputs_that_need_a_gradient_are_taken():
 
 
 def op_arguments() -> dict[str, tuple]:
+    """Arguments by operator; what follows a space tells cases of one operator apart."""
     x, weight = torch.randn(4, 64).bfloat16(), torch.rand(64)
     t = quantize_nvfp4(x, "token", scale_layout="swizzled")
+    groups, both = torch.randn(3, 32, 64), torch.rand(3, 2)
     return {
-        "global_scale": (x, "token", 2688.0),
-        "quantize": (x, None, "tensor", 2688.0, True),
+        "global_scale token": (x, "token", 2688.0),
+        "global_scale group": (groups, "group", 2688.0),
+        "quantize tensor": (x, None, "tensor", 2688.0, True),
+        "quantize group": (groups, None, "group", 2688.0, True),
+        "quantize gate and up": (groups, both, "group", 2688.0, False),
+        "quantize strided": (groups.transpose(0, 1), None, "token", 2688.0, False),
         "rmsnorm_quantize": (x, weight, 1e-6, None, "token", 2688.0, False),
-        "mhc_rmsnorm_quantize": (
-            x.view(2, 2, 64),
-            torch.rand(2, 2),
-            weight,
-            1e-6,
-            None,
-            "token",
-            2688.0,
-            False,
-        ),
+        "mhc_rmsnorm_quantize": (x.view(2, 2, 64), both[:2], weight, 1e-6, None, "token", 2688.0, False),
         "swiglu_quantize": (x, 10.0, True, torch.tensor(0.1), "tensor", 2688.0, False),
         "dequantize": (t.codes, t.block_scales, t.global_scale, "token", True, False, torch.bfloat16),
     }
 
 
-@pytest.mark.parametrize("name", list(op_arguments()))
+@pytest.mark.parametrize("case", list(op_arguments()))
 @pytest.mark.parametrize("form", ["", "_out"])
-def test_opcheck(name, form):
-    args = op_arguments()[name]
+def test_opcheck(case, form):
+    args, name = op_arguments()[case], case.split()[0]
     if form:
         results = OPS[name](*args)
         results = results if isinstance(results, tuple) else (results,)
