@@ -342,10 +342,14 @@ def test_hash_layers_spread_the_text_evenly():
     assert all(len(set(row)) == TINY.num_experts_per_tok for row in table.tolist())
 
 
-def test_nano_fits_its_limit_and_the_format():
-    from trainee import nano_config
+def test_the_shipped_model_is_the_preset():
+    shipped = json.loads((NANO / "config.json").read_text())
+    assert ModelConfig.from_dict(shipped) == ModelConfig.nano()
+    assert (NANO / "model.safetensors").stat().st_size <= 16_000_000
 
-    config = nano_config()
+
+def test_nano_fits_its_limit_and_the_format():
+    config = ModelConfig.nano()
     assert set(config.layer_types) == {SLIDING, CSA, HCA}
     assert set(config.mlp_layer_types) == {HASH_MOE, MOE}
     model = DeepseekV4(config, device="meta")

@@ -25,7 +25,7 @@ from loop import Every, Loop  # noqa: E402
 from optimizer import Optimizer  # noqa: E402
 from output import Destination  # noqa: E402
 from text import HeldOut, Text  # noqa: E402
-from trainee import Trainee, first_weights, nano_config  # noqa: E402
+from trainee import Trainee, first_weights  # noqa: E402
 
 from dsv4lab import corpus  # noqa: E402
 from dsv4lab.model import ModelConfig  # noqa: E402
@@ -73,7 +73,7 @@ def prepare(args: argparse.Namespace, begin: float) -> tuple[Loop, dict, str]:
     if not judge_on:
         raise ValueError("library: no held-out file is left to validate on")
     trained_on = corpus.trained_on_text(train_on)
-    config = nano_config() if args.config is None else _read_config(args.config)
+    config = ModelConfig.nano() if args.config is None else _read_config(args.config)
     text = Text(train_on, args.batch, args.context, args.seed, device)
     held_out = HeldOut.of(judge_on, args.batch, args.context, device)
     trainee = Trainee(config, device, args.context, compiled=args.compile, kernels=args.kernels)

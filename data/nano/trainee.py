@@ -1,10 +1,9 @@
-"""The nano model made ready for training: its sizes, its first weights, and its forward pass."""
+"""The nano model made ready for training: its first weights and its forward pass."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +12,9 @@ from torch import Tensor, nn
 
 from dsv4lab.layers import Router, Weight, fake_quantize
 from dsv4lab.model import DeepseekV4, ModelConfig, hyper_connections
-from dsv4lab.model.config import CSA, HASH_MOE, HCA, MOE, SLIDING
 
 BALANCE_RATE = 1e-3
 """Step of the router's bias, which only chooses; the value DeepSeek-V3 was trained with."""
-
-
-def nano_config() -> ModelConfig:
-    """Nano's sizes, the layers in the order Flash has them: two sliding ones first, routed by token."""
-    return replace(
-        ModelConfig.nano(),
-        layer_types=(SLIDING, SLIDING, CSA, HCA, CSA, CSA),
-        mlp_layer_types=(HASH_MOE, HASH_MOE, MOE, MOE, MOE, MOE),
-    )
 
 
 class Trainee:

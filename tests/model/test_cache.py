@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -119,17 +121,17 @@ def test_caches_need_no_gradient(ours):
 
 
 def test_nbytes_counts_every_buffer():
-    config = ModelConfig.nano()
+    config = dataclasses.replace(ModelConfig.nano(), index_topk=512)  # as many as there are: no indexer
     got = Cache(config, 2, 1024, dtype=torch.bfloat16, device="meta").nbytes
     window = 128 * 128
     csa = 8 * 256 * 2 + 257 * 128
     hca = 128 * 128 * 2 + 9 * 128
-    assert got == 2 * 2 * (6 * window + 3 * csa + 2 * hca)
+    assert got == 2 * 2 * (6 * window + 3 * csa + hca)
 
 
 def test_indexer_keeps_keys_only_where_it_may_choose():
-    config = ModelConfig.nano()
-    short, long = (Cache(config, 1, n, device="meta").layers[1] for n in (2048, 2052))
+    config = dataclasses.replace(ModelConfig.nano(), index_topk=512)
+    short, long = (Cache(config, 1, n, device="meta").layers[2] for n in (2048, 2052))
     assert short.indexer is None and long.indexer.entries.shape == (1, 514, 32)
 
 

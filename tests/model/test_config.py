@@ -92,7 +92,7 @@ def test_any_rotated_width_survives(width, head):
         (changed(layer_types="absent"), "neither layer_types nor compress_ratios is given"),
         (changed(layer_types="absent", compress_ratios=[0, 4, 8, 4, 4, 4]), "may hold .*got 8"),
         (changed(layer_types="absent", compress_ratios=[0, 4]), "compress_ratios has 2 entries for 6 layers"),
-        (changed(num_hash_layers=2), "mlp_layer_types contradicts num_hash_layers = 2"),
+        (changed(num_hash_layers=3), "mlp_layer_types contradicts num_hash_layers = 3"),
         (changed(mlp_layer_types="absent"), "neither mlp_layer_types nor num_hash_layers is given"),
         (
             changed(mlp_layer_types="absent", num_hash_layers=7),
