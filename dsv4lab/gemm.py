@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference_gemm as ref
+from .decoded import Stack
 from .formats import BLOCK, SCALE_DTYPE, NVFP4Tensor, scales_shape
 from .gemm_arguments import check_out, known_scale, matrix, operands
 from .ops import register_op
@@ -130,7 +131,7 @@ def _reference(function):
     """Hand an operator's flat arguments on as the two operands that the reference speaks of."""
 
     def run(*args):
-        return function(ref.Rows(*args[:5]), ref.Stack(*args[5:10]), *args[10:])
+        return function(ref.Rows(*args[:5]), Stack(*args[5:10]), *args[10:])
 
     return run
 

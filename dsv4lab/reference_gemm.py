@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import reference, workspace
+from . import reference
+from .decoded import Stack, decoded_weight
 from .formats import BLOCK, SWIZZLE_ROWS
 
 _TILE_BYTES = 1 << 28  # of gathered weights at a time, where the host must not know the group sizes
@@ -27,22 +27,6 @@ class Rows(NamedTuple):
     global_scale: Tensor | None
     layout: str
     granularity: str
-
-
-class Stack(NamedTuple):
-    """The weights of all groups, (G, N, K), or of one, (N, K)."""
-
-    codes: Tensor
-    scales: Tensor
-    global_scale: Tensor
-    layout: str
-    interleaved: bool
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(G, N, K)."""
-        *groups, n, half = self.codes.shape
-        return (*(groups or [1]), n, half * 2)
 
 
 class Span(NamedTuple):
@@ -223,29 +207,3 @@ def _linear_scales(a: Rows) -> Tensor | None:
 def _decode(data: Tensor, scales: Tensor | None) -> Tensor:
     """Values in float32 without the global scale: code times block scale, or bf16 as it is."""
     return data.float() if scales is None else reference.decode(data, scales)
-
-
-# Weights stay as they are from call to call: decode each once, for as long as its codes live unchanged.
-_decoded = WeakIdKeyDictionary()
-
-
-def decoded_weight(b: Stack) -> Tensor:
-    """The weights (G, N, K) in float32 without their global scale, remembered by the codes' identity.
-
-    Tensors made in inference mode do not count their changes, so they are decoded anew each time; so is
-    everything under capture, whose memory belongs to the graph.
-    """
-    if b.codes.is_inference() or workspace.is_capturing():
-        return _decode_stack(b)
-    mark = (b.codes._version, b.scales.data_ptr(), b.scales._version, b.layout)
-    kept = _decoded.get(b.codes)
-    if kept is None or kept[0] != mark:
-        kept = _decoded[b.codes] = (mark, _decode_stack(b))
-    return kept[1]
-
-
-def _decode_stack(b: Stack) -> Tensor:
-    scales = b.scales
-    if b.layout == "swizzled":
-        scales = reference.unswizzle(scales, b.shape[1], b.shape[2] // BLOCK)
-    return _decode(b.codes, scales).view(b.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4lab import gemm, reference_gemm
+from dsv4lab import decoded, gemm, reference_gemm
 from dsv4lab.formats import NVFP4Tensor
 from dsv4lab.gemm import grouped_mm, grouped_mm_swiglu
 from dsv4lab.layouts import group_offsets, interleave_gate_up, with_scale_layout
@@ -240,8 +240,8 @@ def test_decoded_weights_follow_changes_and_die_with_their_codes():
     a, b = random_nvfp4((4, 48)), random_nvfp4((32, 48), seed=3)
     gc.collect()
     before = grouped_mm(a, b)
-    kept = len(reference_gemm._decoded)
-    assert torch.equal(grouped_mm(a, b), before) and len(reference_gemm._decoded) == kept
+    kept = len(decoded._kept)
+    assert torch.equal(grouped_mm(a, b), before) and len(decoded._kept) == kept
     b.codes.bitwise_xor_(0x88)  # the sign of every value
     assert torch.equal(grouped_mm(a, b), -before)
     b.block_scales.view(torch.uint8).add_(8)  # an exponent more, where there is room for one
@@ -249,7 +249,19 @@ def test_decoded_weights_follow_changes_and_die_with_their_codes():
     assert room.any() and not torch.equal(grouped_mm(a, b), -before)
     del b
     gc.collect()
-    assert len(reference_gemm._decoded) == kept - 1
+    assert len(decoded._kept) == kept - 1
+
+
+def test_weights_are_decoded_once_in_inference_mode_too():
+    a, b = random_nvfp4((4, 48)), random_nvfp4((32, 48), seed=3)
+    want = grouped_mm(a, b)
+    kept = decoded._kept[b.codes].values
+    with torch.inference_mode():
+        again = b.with_(block_scales=b.block_scales.view(torch.uint8).view(E4M3))
+        assert torch.equal(grouped_mm(a, again), want)
+        fresh = random_nvfp4((32, 48), seed=3)  # made here: never kept, as nothing would tell of a change
+        assert torch.equal(grouped_mm(a, fresh), want) and fresh.codes not in decoded._kept
+    assert decoded._kept[b.codes].values is kept and not kept.is_inference()
 
 
 def test_operators_and_their_fakes_agree():

@@ -534,6 +534,20 @@ def test_buffers_survive_whatever_happens_to_modules(tmp_path):
     assert torch.equal(meta(x), want)
 
 
+def test_weights_made_in_inference_mode_count_their_changes():
+    """Decoded copies are kept until the codes change, which tensors of inference mode do not tell."""
+    first, second = (quantize_model_(frozen(MoE(32, 16, 4, 2), seed)) for seed in (0, 1))
+    x = seeded(5, 32)
+    with torch.inference_mode():
+        moe = quantize_model_(frozen(MoE(32, 16, 4, 2)))
+        moe.experts.fused = False
+        moe.experts.fused = True
+        assert not any(b.is_inference() for n, b in moe.experts.named_buffers() if not n.endswith("_2"))
+        assert torch.equal(moe(x), first(x))
+        moe.load_state_dict(second.state_dict())
+        assert torch.equal(moe(x), second(x))
+
+
 def test_model_helpers_say_what_they_did():
     moe = frozen(MoE(32, 16, 4, 2))
     named = []

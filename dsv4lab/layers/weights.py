@@ -138,7 +138,7 @@ class Weight(KeepsFloat32):
         """Replace the parameter by buffers."""
         del self.weight
         for name in NVFP4_NAMES:
-            self.register_buffer(name, tensors.get(name))
+            self.register_buffer(name, None if name not in tensors else _counting(tensors[name]))
         interleaved, self.interleaved = self.interleaved, False
         self.set_interleaved(interleaved)
 
@@ -146,7 +146,8 @@ class Weight(KeepsFloat32):
         """Bring gate and up rows of the codes and scales into runs of 8, or back into halves."""
         if self.quantized and interleaved != self.interleaved:
             move = interleave_gate_up if interleaved else deinterleave_gate_up
-            self.weight, self.weight_scale = move(self.weight), move(self.weight_scale)
+            self.weight = _counting(move(self.weight))
+            self.weight_scale = _counting(move(self.weight_scale))
         self.interleaved = interleaved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -219,6 +220,14 @@ class Weight(KeepsFloat32):
     def extra_repr(self) -> str:
         form = "NVFP4" if self.quantized else str(self.weight.dtype).removeprefix("torch.")
         return f"{'x'.join(str(n) for n in (*self.weight.shape[:-1], self.K))}, {form}"
+
+
+def _counting(tensor: Tensor) -> Tensor:
+    """A tensor that counts its changes, as decoded copies of it need; those of inference mode do not."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def check_activation(name: str, x: Tensor | NVFP4Tensor, features: int) -> None:
