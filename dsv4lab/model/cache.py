@@ -75,7 +75,8 @@ class Cache:
 
     Attributes:
         length: tokens in it, as the host knows it; `position` (1,) int64 is the same on the device.
-        fixed: makes a one-token step's work independent of `length`, for capture as a CUDA graph.
+        fixed: makes a one-token step's work independent of `length`, for capture as a CUDA graph. Replays
+            advance `position` alone, so the caller counts `length`.
 
     Raises:
         ValueError: batch or max_tokens out of range.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsv4lab.calibration import calibrate
+from dsv4lab.formats import NVFP4Tensor
 from dsv4lab.layers import quantizable_layers, quantize_model_, set_activation_scale_
 from dsv4lab.model import CSA, HCA, SLIDING, DeepseekV4, ModelConfig
 
@@ -117,6 +118,22 @@ def test_one_quantization_serves_two_linears_exactly(models):
             for layer in model.layers:
                 layer.attn.wkv.observer = None
     assert len(calls) == 3 and torch.equal(shared, alone)
+
+
+@pytest.mark.parametrize(("policy", "shared"), [("token", True), ("tensor", True), ("static", False)])
+def test_static_scales_are_each_linear_s_own(models, policy, shared):
+    _, model = models
+    set_activation_scale_(model, policy)
+    attention, seen = model.layers[0].attn, []
+    handles = [
+        linear.register_forward_pre_hook(lambda _, inputs: seen.append(isinstance(inputs[0], NVFP4Tensor)))
+        for linear in (attention.wq_a, attention.wkv)
+    ]
+    with torch.no_grad():
+        model(tokens())
+    for handle in handles:
+        handle.remove()
+    assert seen == [shared, shared]
 
 
 def test_streams_keep_their_dtype(models):
