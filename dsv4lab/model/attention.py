@@ -34,19 +34,26 @@ def attend(q: Tensor, parts: list[Part], sink: Tensor) -> Tensor:
     """
     if q.is_cpu:  # where products of bf16 are several times slower than those of float32
         q, parts = q.float(), [(keys.float(), mask) for keys, mask in parts]
+    weights, total = _numerators(q, parts, sink)
+    out = 0.0
+    for w, (keys, _) in zip(weights, parts, strict=True):
+        mixed = w.to(keys.dtype).reshape(keys.shape[0], -1, keys.shape[1]) @ keys
+        out = out + mixed.view(q.shape).float()
+    return out / total
+
+
+def _numerators(q: Tensor, parts: list[Part], sink: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The softmax before its division: (B, T, heads, n) for each part, and the sum of all and of the sink."""
     scores = [_scores(q, keys, mask) for keys, mask in parts]
     sink = sink.float()[:, None]
     top = torch.stack([s.detach().amax(-1) for s in scores], -1).amax(-1, keepdim=True)
     top = torch.maximum(
         top, sink.detach()
     )  # cancels, so it needs no gradient; finite even where all is masked
-    total, out = (sink - top).exp(), 0.0
-    for s, (keys, _) in zip(scores, parts, strict=True):
-        weights = (s - top).exp()
-        total = total + weights.sum(-1, keepdim=True)
-        mixed = weights.to(keys.dtype).reshape(keys.shape[0], -1, keys.shape[1]) @ keys
-        out = out + mixed.view(q.shape).float()
-    return out / total
+    weights, total = [(s - top).exp() for s in scores], (sink - top).exp()
+    for w in weights:
+        total = total + w.sum(-1, keepdim=True)
+    return weights, total
 
 
 def _scores(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,12 +107,7 @@ class Attention(nn.Module):
         Returns:
             (B, T, H).
         """
-        turn = step.rotation(self.rotation)
-        shared = self.wq_a.quantize_input(x) if self._share_input() else x
-        qr = self.q_norm(self.wq_a(shared).to(x.dtype))
-        q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
-        q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
-        kv = rotate(self.kv_norm(self.wkv(shared).to(x.dtype)), turn).to(x.dtype)
+        qr, q, kv = self._project(x, step)
         if cache is not None and step.tokens == 1:
             parts = [window_keys(kv, step, cache.window)]
         else:
@@ -113,8 +115,46 @@ class Attention(nn.Module):
         if self.ratio:
             parts += self._compressed(x, qr, step, cache)
         o = self._attend_padded(q, parts)
-        o = rotate(o, turn, inverse=True).to(x.dtype)  # values carry their key's rotation
+        o = rotate(o, step.rotation(self.rotation), inverse=True).to(x.dtype)  # values carry their key's
         return self.wo_b(self.wo_a(o.unflatten(2, (self.groups, -1)).flatten(3)).flatten(2))
+
+    def entry_shares(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """How attention to compressed entries is shared out among them, which is what an indexer predicts.
+
+        Args:
+            x: (B, T, H), normalized, of whole sequences; T a multiple of the window.
+            step: their positions, from 0 on.
+
+        Returns:
+            (B, T, n) float32, softmax weights over window, entries and sink, summed over the heads and scaled
+            to sum to one where an entry is visible; and the low-rank query (B, T, q_lora_rank).
+
+        Raises:
+            ValueError: the layer has no compressed entries, or T is not a multiple of the window.
+
+        Source: the indexer's training target in DeepSeek-V3.2's report.
+        """
+        if not self.ratio:
+            raise ValueError("a sliding layer has no compressed entries")
+        if x.shape[1] % self.window:
+            raise ValueError(f"x must hold a multiple of {self.window} tokens, got {x.shape[1]}")
+        qr, q, kv = self._project(x, step)
+        entries = self.compressor(x, step)
+        seen = step.visible(self.ratio, entries.shape[1])
+        parts = [block_keys(kv, step, self.window, None), (entries, seen)]
+        weights, total = _numerators(q, parts, self.attn_sink)
+        mass = (weights[1] / total).sum(2)
+        return mass / mass.sum(-1, keepdim=True).clamp(min=1e-30), qr
+
+    def _project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Low-rank query (B, T, q_lora_rank), queries (B, T, heads, D) scaled and turned, keys (B, T, D)."""
+        turn = step.rotation(self.rotation)
+        shared = self.wq_a.quantize_input(x) if self._share_input() else x
+        qr = self.q_norm(self.wq_a(shared).to(x.dtype))
+        q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
+        q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
+        kv = rotate(self.kv_norm(self.wkv(shared).to(x.dtype)), turn).to(x.dtype)
+        return qr, q, kv
 
     def _share_input(self) -> bool:
         """Whether wq_a and wkv would quantize their one input to the same codes, with nobody looking on."""

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dsv4lab.model import CSA, SLIDING, DeepseekV4
 from dsv4lab.model.attention import attend
 from dsv4lab.model.step import Step
 from dsv4lab.model.window import block_keys
@@ -117,3 +118,40 @@ def test_grouped_output_is_a_block_diagonal_matrix(ours):
         got = wo_a(o)
     assert got.shape == (2, 3, 2, 16)
     assert torch.allclose(got.flatten(2), o.flatten(2) @ dense.T, atol=64 * 2**-24)
+
+
+def test_shares_of_entries_against_a_loop(tiny_config):
+    torch.manual_seed(0)
+    model = DeepseekV4(tiny_config, dtype=torch.float32)
+    index = tiny_config.layer_types.index(CSA)
+    attn, tokens = model.layers[index].attn, 3 * tiny_config.sliding_window
+    attn.attn_sink.data = 3 * random(tiny_config.num_attention_heads, seed=1)
+    attn.wq_b.weight.data *= 4  # uneven weights
+    x = random(2, tokens, tiny_config.hidden_size)
+    step = model._step(torch.zeros(2, tokens, dtype=torch.int64), None)
+    with torch.no_grad():
+        got, qr = attn.entry_shares(x, step)
+        same, q, kv = attn._project(x, step)
+        entries = attn.compressor(x, step)
+    assert torch.equal(qr, same) and got.shape == (2, tokens, tokens // attn.ratio)
+    for b in range(2):
+        for t in range(tokens):
+            keys = torch.cat(
+                (entries[b, : (t + 1) // attn.ratio], kv[b, max(0, t - attn.window + 1) : t + 1])
+            )
+            scores = (q[b, t].double() @ keys.double().T).exp()
+            weights = scores / (scores.sum(-1, keepdim=True) + attn.attn_sink.double().exp()[:, None])
+            mass = weights[:, :visible].sum(0)
+            # float32 scores of a few units, 2^-23 each, and the exponential of their error.
+            torch.testing.assert_close(got[b, t, : len(mass)].double(), mass / mass.sum(), rtol=0, atol=1e-5)
+            assert not got[b, t, len(mass) :].any()
+
+
+def test_shares_need_entries_and_whole_blocks(tiny_config):
+    model = DeepseekV4(tiny_config, dtype=torch.float32)
+    step = model._step(torch.zeros(1, 5, dtype=torch.int64), None)
+    sliding, csa = (model.layers[tiny_config.layer_types.index(kind)].attn for kind in (SLIDING, CSA))
+    with pytest.raises(ValueError, match="no compressed entries"):
+        sliding.entry_shares(torch.zeros(1, 5, tiny_config.hidden_size), step)
+    with pytest.raises(ValueError, match=r"a multiple of \d+ tokens, got 5"):
+        csa.entry_shares(torch.zeros(1, 5, tiny_config.hidden_size), step)
