@@ -136,9 +136,8 @@ def test_shares_of_entries_against_a_loop(tiny_config):
     assert torch.equal(qr, same) and got.shape == (2, tokens, tokens // attn.ratio)
     for b in range(2):
         for t in range(tokens):
-            keys = torch.cat(
-                (entries[b, : (t + 1) // attn.ratio], kv[b, max(0, t - attn.window + 1) : t + 1])
-            )
+            visible, first = (t + 1) // attn.ratio, max(0, t - attn.window + 1)
+            keys = torch.cat((entries[b, :visible], kv[b, first : t + 1]))
             scores = (q[b, t].double() @ keys.double().T).exp()
             weights = scores / (scores.sum(-1, keepdim=True) + attn.attn_sink.double().exp()[:, None])
             mass = weights[:, :visible].sum(0)
