@@ -228,5 +228,5 @@ def test_texts_mark_where_they_part():
     texts = plots.Texts("def ", {"bf16": "f(x): <1>", "nvfp4": "f(y): <1>", "short": "f("})
     assert [texts.same(name) for name in texts.texts] == [9, 2, 2]
     assert "f(<u>y): &lt;1&gt;</u>" in texts._repr_html_()
-    assert "--- nvfp4 (2 characters as the first)" in repr(texts)
+    assert "--- bf16\n" in repr(texts) and "--- nvfp4: 2 of 9 characters as the first\n" in repr(texts)
     plots.Texts("", {"empty": ""})._repr_html_()

@@ -14,7 +14,7 @@ from dsv4lab.plots.quantization import (
     staircase,
 )
 from dsv4lab.plots.style import Picture, Table
-from dsv4lab.plots.tables import backends, conventions
+from dsv4lab.plots.tables import backends, conventions, weight_bytes
 
 __all__ = [
     "Picture",
@@ -37,4 +37,5 @@ __all__ = [
     "sqnr_by_layer",
     "sqnr_db",
     "staircase",
+    "weight_bytes",
 ]

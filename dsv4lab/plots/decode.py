@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,7 @@ def sqnr_by_layer(levels: dict[str, Sequence[float]], kinds: Sequence[str]) -> P
         size=(8.4, 3.9),
     )
     for (name, values), (colour, marker, line) in zip(levels.items(), SERIES, strict=False):
+        values = [v if math.isfinite(v) else math.nan for v in values]  # no error yet: no point
         axes.plot(range(len(values)), values, color=colour, marker=marker, linestyle=line, label=name)
     axes.set_xticks(range(len(kinds)), [f"{i}\n{kind}" for i, kind in enumerate(kinds)])
     axes.set(xlabel="layer and its attention", ylabel="SQNR (dB)")
@@ -65,7 +67,7 @@ def agreement_by_margin(reference: Tensor, logits: Tensor, bins: int = 8) -> Pic
 
 @styled
 def logits(reference: Tensor, others: dict[str, Tensor], points: int = 1500) -> Picture:
-    """Draws the logits of other models against those of the reference, with the slope of each cloud.
+    """Draws how logits vary over a text, against the reference's, with the slope of each cloud.
 
     Args:
         reference: (T, V) logits.
@@ -73,24 +75,25 @@ def logits(reference: Tensor, others: dict[str, Tensor], points: int = 1500) -> 
         points: drawn at most for each.
     """
     picture, panels = new(
-        "Each point is one logit, each panel one model; on the line it equals the reference. A slope below"
-        " 1 means that the logits are compressed: probabilities flatten, and unlikely tokens get sampled.",
+        "Each point is one logit less its mean over the text: what the model read out of the text. On the "
+        "line it equals the reference. A slope below 1 means that the logits are compressed: less is read,"
+        " probabilities flatten, and unlikely tokens get their chance.",
         columns=len(others),
         size=(8.4, 3.3),
         sharex=True,
         sharey=True,
         squeeze=False,
     )
-    centred = (reference - reference.mean(-1, keepdim=True)).flatten().float()
+    centred = (reference - reference.mean(0)).flatten().float()
     pick = torch.linspace(0, len(centred) - 1, min(points, len(centred))).long()
     limits = [float(centred[pick].min()), float(centred[pick].max())]
     for axes, (name, other), (colour, *_) in zip(panels[0], others.items(), SERIES, strict=False):
-        y = (other - other.mean(-1, keepdim=True)).flatten().float()
+        y = (other - other.mean(0)).flatten().float()
         slope = float((centred * y).sum() / centred.square().sum())
         axes.plot(centred[pick], y[pick], ".", color=colour, markersize=3, alpha=0.5)
         axes.plot(limits, limits, color=MUTED, linewidth=1)
-        axes.set(title=f"{name}\nslope {slope:.2f}", xlabel="reference logit − mean")
-    panels[0][0].set_ylabel("logit − mean")
+        axes.set(title=f"{name}\nslope {slope:.2f}", xlabel="logit of the reference")
+    panels[0][0].set_ylabel("logit")
     return picture
 
 
@@ -119,7 +122,9 @@ def code_use(q: NVFP4Tensor, name: str = "tensor") -> Picture:
     right.hist(scales.log2().tolist(), bins=torch.arange(-9.25, 9.5, 0.5).tolist(), color=BLUE)
     right.set_xlim(-9.75, 9.75)
     right.axvline(8.807, color=RED, linestyle="--", linewidth=1.2)
-    right.text(8.6, right.get_ylim()[1] * 0.95, "448", color=RED, ha="right", va="top")
+    above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    right.annotate("448", (8.807, 1), (0, 4), **above, color=RED, ha="center")
+    right.set_xticks(range(-9, 10, 3))
     right.set(
         title=f"{len(scales):,} block scales of {BLOCK} values", xlabel="log2(block scale)", ylabel="blocks"
     )
@@ -160,15 +165,17 @@ class Texts:
 
     def same(self, name: str) -> int:
         """Returns how many leading characters of a continuation equal the first one's."""
-        reference, text = next(iter(self.texts.values())), self.texts[name]
-        return next((i for i, (a, b) in enumerate(zip(reference, text, strict=False)) if a != b),
-                    min(len(reference), len(text)))  # fmt: skip
+        first, text = next(iter(self.texts.values())), self.texts[name]
+        both = min(len(first), len(text))
+        return next((i for i in range(both) if first[i] != text[i]), both)
+
+    def _head(self, name: str) -> str:
+        if name == next(iter(self.texts)):
+            return name
+        return f"{name}: {self.same(name)} of {len(self.texts[name])} characters as the first"
 
     def __repr__(self) -> str:
-        parts = [
-            f"--- {name} ({self.same(name)} characters as the first)\n{text}"
-            for name, text in self.texts.items()
-        ]
+        parts = [f"--- {self._head(name)}\n{text}" for name, text in self.texts.items()]
         return "\n".join([f"--- prompt\n{self.prompt}", *parts])
 
     def _repr_html_(self) -> str:
@@ -177,8 +184,8 @@ class Texts:
             n = self.same(name)
             head, tail = html.escape(text[:n]), html.escape(text[n:])
             cells.append(
-                f'<td style="vertical-align:top;text-align:left"><strong>{html.escape(name)}</strong>, '
-                f'{n} characters as the first<pre style="white-space:pre-wrap">'
+                f'<td style="vertical-align:top;text-align:left">{html.escape(self._head(name))}'
+                '<pre style="white-space:pre-wrap">'
                 f'<span style="opacity:0.65">{html.escape(self.prompt)}</span>{head}<u>{tail}</u></pre></td>'
             )
         return f'<table style="width:100%"><tr>{"".join(cells)}</tr></table>'

@@ -1,14 +1,15 @@
-"""Tables: what runs here, and what other libraries do."""
+"""Tables: what runs here, what quantization saves, and what other libraries do."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv4lab.device import BACKENDS, supports
 from dsv4lab.formats import E4M3_MIN
+from dsv4lab.layers import quantizable_layers
 from dsv4lab.presets import PRESETS, Preset, quantize_preset
 from dsv4lab.quantize import dequantize_nvfp4
 
@@ -32,6 +33,30 @@ def backends() -> Table:
     """Returns which backends this machine can run, and why not the others."""
     rows = [(name, "yes" if (status := supports(name)) else "no", status.reason) for name in BACKENDS]
     return Table(["backend", "runs here", "if not, why"], rows)
+
+
+def weight_bytes(model: nn.Module, quantized: nn.Module) -> Table:
+    """Returns the size of each kind of weight in a model and in its quantized copy, and of all the rest.
+
+    Args:
+        model, quantized: a `DeepseekV4` in high precision, and the same after `quantize_model_`.
+    """
+    before, after = _bytes_by_kind(model), _bytes_by_kind(quantized)
+    rows = [(kind, size / 1e3, after[kind] / 1e3, 16 * after[kind] / size) for kind, size in before.items()]
+    total, small = sum(before.values()), sum(after.values())
+    rows.append(("all", total / 1e3, small / 1e3, 16 * small / total))
+    return Table(["weights", "bf16 (kB)", "NVFP4 (kB)", "bits a weight"], rows)
+
+
+def _bytes_by_kind(model: nn.Module) -> dict[str, int]:
+    """Bytes of the quantizable weights, all layers of a kind together, and of everything else."""
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    kinds: dict[str, int] = {}
+    for name, layer in quantizable_layers(model):
+        kind = name.split(".", 2)[-1]
+        size = sum(t.nbytes for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
+        kinds[kind] = kinds.get(kind, 0) + size
+    return {**kinds, "embedding, head, norms, router, compressors, mHC": total - sum(kinds.values())}
 
 
 def conventions(x: Tensor) -> Table:
