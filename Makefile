@@ -9,9 +9,9 @@ READY := $(VENV)/.complete
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 TESTS ?=
 
-# What the demo continues (printf's escapes), and how many held-out bytes it compares on.
-PROMPT ?= import os\nimport sys\n\nclass Reader:\n    def __init__(self, path):
-DEMO_BYTES ?= 4096
+# What the demo continues, and how many held-out bytes it compares on.
+PROMPT ?= class Reader:
+DEMO_BYTES ?= 2000
 
 .PHONY: help demo test lab lint setup
 
@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt .ci/setup
 demo: $(READY)
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && set -ex && \
 	$(BIN)/python -m dsv4lab quantize data/nano "$$dir/nano-nvfp4" && \
-	$(BIN)/python -m dsv4lab decode --model "$$dir/nano-nvfp4" --prompt "$$(printf %b '$(PROMPT)')" --max-new-tokens 250 && \
+	$(BIN)/python -m dsv4lab decode --model "$$dir/nano-nvfp4" --prompt '$(PROMPT)' --max-new-tokens 250 && \
 	$(BIN)/python -m dsv4lab evaluate --max-bytes $(DEMO_BYTES)
 
 test: $(READY)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+# Before anything imports torch: threads that spin while waiting starve the other test processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def notebook_needs(path: Path) -> list[str]:
-    """What a whole notebook needs: `"dsv4lab": {"needs": ["hopper"]}` in its metadata, names `device.supports` knows."""
+    """What a whole notebook needs, from its metadata, such as `"dsv4lab": {"needs": ["hopper"]}`."""
     return json.loads(path.read_text())["metadata"].get("dsv4lab", {}).get("needs", [])
 
 

@@ -17,7 +17,7 @@ from dsv4lab.corpus import EvaluationText, LibraryFile
 from dsv4lab.layers import quantize_model_, set_activation_scale_
 
 CONTEXT = 2048
-CALIBRATION_FILES, CALIBRATION_BYTES = 16, 2048
+CALIBRATION_FILES, CALIBRATION_BYTES = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,13 @@ def evaluate(
         variants: how to run it.
         max_bytes: judges only the first bytes of the text, files in sorted order; None all.
         context: most tokens read at once, bounded by the model's.
-        progress: called before each window.
+        progress: called before each variant of each window.
 
     Returns:
-        "text" (which Python, files, bytes, bits per byte of `xz -9` for them, context) and "variants",
-        a list with for each its name, bits_per_byte, ratio_to_xz, over_bf16 (0.02: 2 % more), token_agreement
-        with bf16, sqnr_db_per_layer (of the residual streams after each block) and sqnr_db_logits.
+        "text" (which Python, files and bytes judged, bytes in all, bits per byte of `xz -9` for all of them, as
+        it does worse on a part; context) and "variants", a list with for each its name, bits_per_byte,
+        ratio_to_xz, over_bf16 (0.02: 2 % more), token_agreement with bf16, sqnr_db_per_layer (of the residual
+        streams after each block) and sqnr_db_logits.
 
     Raises:
         ValueError: max_bytes below 1, a model that does not read bytes, bf16 asked of NVFP4 weights.
@@ -146,12 +147,13 @@ def evaluate(
     context = min(context, model.config.max_position_embeddings)
     scores = _scores(model, list(corpus.windows(files, context)), variants, progress)
     size = sum(len(f.data) for f in files)
-    xz_bits = 8 * corpus.xz_bytes(files) / size
     bf16 = next((s.bits / s.bytes for s in scores if s.variant.precision == "bf16"), None)
+    xz_bits = text.xz_bits_per_byte
     about = {
         "python": text.python,
         "files": len(files),
         "bytes": size,
+        "all_bytes": text.bytes,
         "skipped_files": len(text.skipped),
         "xz_bits_per_byte": xz_bits,
         "context": context,
@@ -169,12 +171,13 @@ def _scores(model, windows: list, variants: Sequence[Variant], progress) -> list
         prepare(tested, static=any(v.activation_scale == "static" for v in variants))
     scores = [Score(variant) for variant in variants]
     device = model.embed.weight.device
+    steps = len(windows) * len(scores)
     for i, window in enumerate(windows):
         ids = torch.tensor(list(window.ids), device=device)
         base = reference and run(reference, ids[:-1])
-        for score in scores:
+        for j, score in enumerate(scores):
             if progress:
-                progress(i, len(windows), str(score.variant))
+                progress(i * len(scores) + j, steps, str(score.variant))
             bf16 = score.variant.precision == "bf16"
             got = base if bf16 else _run_variant(tested, score.variant, ids[:-1])
             score.add(got, base, window.first - 1, ids[window.first :])

@@ -135,7 +135,11 @@ def test_evaluate_prints_every_variant(run, tiny_checkpoint, small_library):
     assert all(v["bits_per_byte"] > 0 and v["ratio_to_xz"] > 0 for v in report["variants"])
     assert all(len(v["sqnr_db_per_layer"]) == 3 for v in report["variants"][1:])
     code, out, _ = run("evaluate", "--model", tiny_checkpoint, "--max-bytes", 60)
-    assert code == 0 and "nvfp4 static / 16" in out and "60 bytes of 1 held-out files of Python 3.11.0" in out
+    assert (
+        code == 0
+        and "nvfp4 static / 16" in out
+        and "60 bytes of 1 files out of 200 held out, of Python 3.11.0's library" in out
+    )
 
 
 def test_evaluate_an_nvfp4_checkpoint_with_scales(run, tiny_checkpoint, small_library, tmp_path):
@@ -181,6 +185,13 @@ def test_lab_starts_jupyter_in_the_notebooks(run, monkeypatch):
     assert run("lab", "--", "--no-browser")[0] == 0
     ((folder, arguments),) = started
     assert os.path.basename(folder) == "notebooks" and arguments[1:] == ["-m", "jupyterlab", "--no-browser"]
+
+
+def test_the_shipped_model_is_the_default_wherever_one_is(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("decode", "--prompt", "import ", "--max-new-tokens", 12, "--json")
+    text = json.loads(out)["text"]
+    assert code == 0 and len(text) == 12 and text.isascii() and text.replace("\n", " ").isprintable()
 
 
 # ---- bad input

@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for bad input, after one line on stderr; 130 when interrupted.
     """
+    # Threads that spin while they wait keep the cores from those they wait for: on a busy machine that slowed
+    # the nano model down more than tenfold. OpenMP reads this when torch is imported, which the commands do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # after --help, --version or a wrong argument

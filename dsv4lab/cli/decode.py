@@ -9,7 +9,7 @@ import time
 from .common import POLICIES, add_json, add_model, command, load_model, positive, print_json, say
 
 SMALL = 1024
-"""Hidden size up to which threads slow a one-token step down: tenfold where others want the cores too."""
+"""Hidden size up to which the matrices of a one-token step are too small to share between threads."""
 
 
 def add_parser(commands) -> argparse.ArgumentParser:

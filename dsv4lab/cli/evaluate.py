@@ -7,7 +7,7 @@ import argparse
 from .common import add_json, add_model, command, load_model, positive, print_json, print_table
 from .progress import Progress
 
-DEFAULT_BYTES = 65536
+DEFAULT_BYTES = 16384
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -54,8 +54,8 @@ def print_report(report: dict) -> None:
     """The report of `dsv4lab.evaluate.evaluate` as a table."""
     text = report["text"]
     print(
-        f"{text['bytes']:,} bytes of {text['files']} held-out files of Python {text['python']}'s library; "
-        f"xz -9 takes {text['xz_bits_per_byte']:.3f} bits per byte"
+        f"{text['bytes']:,} bytes of {text['files']} files out of {text['all_bytes']:,} held out, of Python "
+        f"{text['python']}'s library; xz -9 takes {text['xz_bits_per_byte']:.3f} bits per byte of them all"
     )
     header = ["", "bits/byte", "of xz", "over bf16", "agreement", "SQNR first", "last layer", "logits"]
     print_table(header, [_row(variant) for variant in report["variants"]])
