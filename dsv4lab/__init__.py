@@ -1,7 +1,7 @@
 """The NVFP4 inference pipeline of DeepSeek-V4, to explore, test and teach.
 
-Public names are loaded on first use, so that importing the package costs nothing and never pulls in a compiler,
-a plotting library or a peer's model code.
+Public names are loaded on first use, so that importing the package costs nothing and never pulls in a
+compiler, a plotting library or a peer's model code.
 """
 
 from __future__ import annotations

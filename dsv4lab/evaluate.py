@@ -130,8 +130,8 @@ def evaluate(
         progress: called before each variant of each window.
 
     Returns:
-        "text" (which Python, files and bytes judged, bytes in all, bits per byte of `xz -9` for all of them, as
-        it does worse on a part; context) and "variants", a list with for each its name, bits_per_byte,
+        "text" (which Python, files and bytes judged, bytes in all, bits per byte of `xz -9` for all of them,
+        as it does worse on a part; context) and "variants", a list with for each its name, bits_per_byte,
         ratio_to_xz, over_bf16 (0.02: 2 % more), token_agreement with bf16, sqnr_db_per_layer (of the residual
         streams after each block) and sqnr_db_logits.
 
