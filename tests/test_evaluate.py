@@ -177,7 +177,7 @@ def test_the_shipped_model_predicts_python_and_nvfp4_keeps_it():
 
 @pytest.mark.slow
 def test_the_shipped_model_reaches_its_figures_on_all_held_out_text():
-    """At most 0.78 of what xz -9 needs, NVFP4 at most 5 % above bf16; clipping shows, calibration does not."""
+    """At most 0.78 of what xz -9 needs, NVFP4 at most 5 % above bf16; clipping shows."""
     report = evaluate(load_model(NANO), ev.corpus.evaluation_text())
     found = {v["name"]: v for v in report["variants"]}
     assert found["bf16"]["ratio_to_xz"] <= 0.78
