@@ -116,9 +116,14 @@ def test_policies_draw_one_point_a_token(rows):
 
 
 def test_staircase_shades_the_difference():
-    (axes,) = drawn(plots.staircase({"a": torch.round, "b": torch.floor})).axes
-    assert len(axes.collections) == 1
-    drawn(plots.staircase({"a": torch.round, "b": torch.round}))
+    def shaded(second) -> list[tuple[float, float]]:
+        (axes,) = drawn(plots.staircase({"a": torch.round, "b": second})).axes
+        parts = [p.vertices[:, 0] for c in axes.collections for p in c.get_paths() if len(p.vertices)]
+        return [(float(x.min()), float(x.max())) for x in parts]
+
+    assert shaded(torch.round) == []
+    found = torch.tensor(shaded(torch.floor))
+    assert torch.allclose(found, torch.tensor([(n + 0.5, n + 1.0) for n in range(6)]), atol=2e-3)
 
 
 @pytest.mark.parametrize("values", [[20.0], [30.0, 20.0, -5.0], [0.0, 0.0]])
