@@ -99,9 +99,11 @@ def test_too_small_input_scales_do_damage_and_are_put_back(tiny_model, text, sma
     report = {v["name"]: v for v in evaluate(tiny_model, text, VARIANTS)["variants"]}
     sqnrs = [report[name]["sqnr_db_per_layer"] for name in names[3:] if "bound" not in name]
     for static, fourth, sixteenth in zip(*sqnrs, strict=True):
-        # Clipping at a quarter of the range leaves an error as large as what it cuts off, most of the energy;
-        # at a sixteenth the linears say next to nothing, and the error nears the signal itself.
-        assert static > fourth + 3 and fourth > sixteenth > 0
+        assert static > fourth > sixteenth
+    # In the first layer nothing has built up yet: what a quarter of the range cuts off is most of the energy,
+    # so the error is about as large as the signal (0 dB); a calibrated scale leaves NVFP4's own, near 8 dB here.
+    static, fourth, sixteenth = (sqnr[0] for sqnr in sqnrs)
+    assert static > 6 and fourth < 3 and sixteenth < 1
     again = evaluate(tiny_model, text, [*VARIANTS[:1], *VARIANTS[5:], VARIANTS[3]])["variants"][-1]
     assert again["sqnr_db_per_layer"] == report["nvfp4 static"]["sqnr_db_per_layer"]
 
