@@ -32,8 +32,9 @@ demo: $(READY)
 	$(BIN)/python -m dsv4lab decode --model "$$dir/nano-nvfp4" --prompt '$(PROMPT)' --max-new-tokens 250 && \
 	$(BIN)/python -m dsv4lab evaluate --max-bytes $(DEMO_BYTES)
 
+# Not `python -m pytest`, which puts this folder on the path, and its kernels/ in the place of other packages'.
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(JOBS) $(TESTS)
 
 lab: $(READY)
 	$(BIN)/python -m dsv4lab lab

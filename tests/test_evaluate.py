@@ -101,7 +101,7 @@ def test_too_small_input_scales_do_damage_and_are_put_back(tiny_model, text, sma
     for static, fourth, sixteenth in zip(*sqnrs, strict=True):
         assert static > fourth > sixteenth
     # In the first layer nothing has built up yet: what a quarter of the range cuts off is most of the energy,
-    # so the error is about as large as the signal (0 dB); a calibrated scale leaves NVFP4's own, near 8 dB here.
+    # so the error is about as large as the signal (0 dB); a calibrated scale leaves NVFP4's own, near 8 dB.
     static, fourth, sixteenth = (sqnr[0] for sqnr in sqnrs)
     assert static > 6 and fourth < 3 and sixteenth < 1
     again = evaluate(tiny_model, text, [*VARIANTS[:1], *VARIANTS[5:], VARIANTS[3]])["variants"][-1]

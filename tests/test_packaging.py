@@ -22,8 +22,8 @@ PINNED_IN_CONDA = {"torch", "nvidia-cutlass-dsl"}
 CONDA_NAMES = {"matplotlib-base": "matplotlib"}
 
 
-def python(code: str) -> str:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def python(code: str, **options) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)
     return run.stdout
 
 
@@ -51,11 +51,14 @@ def test_every_package_is_listed():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
-def test_kernels_are_one_package_only():
-    import dsv4lab.kernels
-
-    assert Path(dsv4lab.kernels.__file__).parent == ROOT / "kernels"
-    assert "kernels" not in sys.modules
+def test_kernels_are_imported_as_part_of_the_package_alone(tmp_path):
+    """Outside the repository no top-level `kernels` may shadow the PyPI package of that name."""
+    code = (
+        "import dsv4lab.kernels as k, importlib.util as u; print(k.__file__); "
+        "s = u.find_spec('kernels'); print(s.origin if s else None)"
+    )
+    ours, other = python(code, cwd=tmp_path).splitlines()
+    assert Path(ours).parent == ROOT / "kernels" and not other.startswith(str(ROOT / "kernels"))
 
 
 def requirements() -> dict[str, SpecifierSet]:
