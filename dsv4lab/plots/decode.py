@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4lab.formats import BLOCK, E2M1_VALUES, NVFP4Tensor
+from dsv4lab.formats import BLOCK, E2M1_VALUES, E4M3_MAX, NVFP4Tensor
 
 from .style import BLUE, MUTED, RED, SERIES, Picture, new, styled
 
@@ -119,11 +119,12 @@ def code_use(q: NVFP4Tensor, name: str = "tensor") -> Picture:
     left.grid(False, axis="x")
     scales = q.block_scales.float().flatten()
     scales = scales[scales > 0]
-    right.hist(scales.log2().tolist(), bins=torch.arange(-9.25, 9.5, 0.5).tolist(), color=BLUE)
+    top = math.log2(E4M3_MAX)  # the last bin ends with the largest scale that there is
+    right.hist(scales.log2().tolist(), bins=[top - i / 2 + 1e-6 for i in reversed(range(38))], color=BLUE)
     right.set_xlim(-9.75, 9.75)
-    right.axvline(8.807, color=RED, linestyle="--", linewidth=1.2)
+    right.axvline(top, color=RED, linestyle="--", linewidth=1.2)
     above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    right.annotate("448", (8.807, 1), (0, 4), **above, color=RED, ha="center")
+    right.annotate("448", (top, 1), (0, 4), **above, color=RED, ha="center")
     right.set_xticks(range(-9, 10, 3))
     right.set(
         title=f"{len(scales):,} block scales of {BLOCK} values", xlabel="log2(block scale)", ylabel="blocks"
