@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -94,11 +95,20 @@ def test_three_steps_leave_a_model_that_loads(options, library, tmp_path, capsys
         assert f"{facts['bits_per_byte'][precision]:.4f} bits per byte" in printed
 
 
-def test_the_figure_is_that_of_the_saved_weights(options, library, tmp_path):
+def test_the_figure_is_that_of_the_saved_weights(options, library, tmp_path, monkeypatch):
+    """With the entries that the saved indexers choose, three of at most sixteen, whatever that costs."""
+    import indexers
+    import train
+
+    monkeypatch.setattr(train, "COUNTS", (3,))
+    monkeypatch.setattr(indexers, "MOST_LOSS", 1.0)
     out = tmp_path / "out"
     assert run(options, "--out", out, "--steps", 25) == 0
-    said = json.loads((out / "training.json").read_text())["bits_per_byte"]["bf16"]
+    facts = json.loads((out / "training.json").read_text())
+    said = facts["bits_per_byte"]["bf16"]
+    assert facts["indexers"]["bits_per_byte_by_entries"]["3"] == said
     model, nats, count = DeepseekV4.from_pretrained(out), 0.0, 0
+    assert model.config == replace(TINY, index_topk=3)
     for window in corpus.windows(corpus.evaluation_text(library, out / "trained_on.txt").files, 64):
         ids = torch.tensor(list(window.ids))
         with torch.no_grad():
@@ -160,6 +170,125 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(options, tmp_path, mo
         assert torch.equal(tensor, b[name]), name
 
 
+def test_a_run_killed_while_indexers_train_does_not_train_the_model_again(options, tmp_path, monkeypatch):
+    from indexers import Indexers
+
+    out = tmp_path / "out"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Indexers, "one_step", interrupted)
+        assert run(options, "--out", out, "--steps", 4) == 130
+    assert [p.name for p in out.iterdir()] == [".partial"]
+    saved = torch.load(out / ".partial" / "checkpoint.pt", weights_only=True)
+    assert saved["progress"] == 1.0
+    assert run(options, "--out", out, "--steps", 4, "--resume") == 0
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["steps"] == saved["step"] == 4
+    assert facts["indexers"]["steps"] == 2
+    model = DeepseekV4.from_pretrained(out)
+    assert not torch.equal(model.layers[1].attn.indexer.compressor.ape, torch.zeros(4, 32))
+
+
+@pytest.fixture
+def attentive():
+    """A trainee whose CSA layer attends unevenly, which random weights do not."""
+    from trainee import Trainee
+
+    torch.manual_seed(0)
+    trainee = Trainee(TINY, torch.device("cpu"), 64, compiled=False, kernels=False)
+    for norm in (trainee.indexed[0].attn.kv_norm, trainee.indexed[0].attn.compressor.norm):
+        norm.weight.data.fill_(3.0)
+    return trainee
+
+
+def ids_of(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(count)
+    batches = [torch.randint(97, 101, (8, 65), generator=draw) for _ in range(count)]
+    return [(b[:, :-1], b[:, 1:]) for b in batches]
+
+
+def test_indexers_learn_where_attention_goes(attentive, monkeypatch):
+    import indexers as module
+    from indexers import Indexers
+
+    monkeypatch.setattr(module, "RATE", 1e-2)
+    before = {n: t.clone() for n, t in attentive.model.state_dict().items()}
+    indexers, judge = Indexers(attentive), ids_of(2)
+    untrained = indexers.recall(judge, [2, 4])
+    batches = iter(ids_of(50))
+    indexers.train(lambda: next(batches)[0], 1000.0, 50, lambda: None, log_every=1000.0)
+    trained = indexers.recall(judge, [2, 4])
+    assert [row["step"] for row in indexers.curve] == [1, 50]
+    assert indexers.curve[-1]["kl"][0] < 0.5 * indexers.curve[0]["kl"][0]
+    for count in ("2", "4"):
+        chance = trained[count]["chance"]
+        assert abs(untrained[count]["indexer"] - chance) < 0.25 * (1 - chance)
+        assert trained[count]["indexer"] > chance + 0.6 * (1 - chance)
+    for name, tensor in attentive.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".indexer." not in name), name
+        assert ".indexer." not in name or torch.equal(tensor, tensor.bfloat16().to(tensor.dtype)), name
+
+
+def test_recall_is_one_for_an_indexer_that_knows(attentive, monkeypatch):
+    import indexers
+
+    def knows(indexer, x, qr, step):
+        return attentive.indexed[0].attn.entry_shares(x, step)[0]
+
+    monkeypatch.setattr(indexers, "scores", knows)
+    found = indexers.Indexers(attentive).recall(ids_of(1), [2])["2"]
+    assert found["indexer"] == 1.0
+    assert found["chance"] < 0.9
+
+
+def test_leaving_out_entries_is_what_a_model_with_that_count_does(attentive):
+    batches = ids_of(2)
+    nats = {}
+    for count in (2, None):
+        attentive.keep(count)
+        model = DeepseekV4(replace(TINY, index_topk=count or 16), dtype=torch.bfloat16)
+        model.load_state_dict(attentive.model.state_dict())
+        with torch.no_grad():
+            expected = sum(
+                torch.nn.functional.cross_entropy(model(i).flatten(0, 1), t.flatten(), reduction="sum")
+                for i, t in batches
+            )
+        nats[count] = attentive.nats(batches, eager=True)
+        assert nats[count] == pytest.approx(expected.item(), rel=1e-6)
+    assert abs(nats[2] / nats[None] - 1) > 1e-5  # ten times what the comparison above lets pass
+
+
+def test_divergence_against_torch():
+    from indexers import divergence
+
+    torch.manual_seed(0)
+    visible = torch.arange(6) < torch.tensor([0, 1, 3, 6])[:, None]
+    shares = torch.rand(2, 4, 6) * visible
+    shares[:, 1:] /= shares[:, 1:].sum(-1, keepdim=True)
+    scores = torch.randn(2, 4, 6, requires_grad=True)
+    expected = 0.0
+    for b in range(2):
+        for t, n in ((1, 1), (2, 3), (3, 6)):
+            p, log_q = shares[b, t, :n].double(), scores[b, t, :n].double().log_softmax(-1)
+            expected += torch.nn.functional.kl_div(log_q, p, reduction="sum") / 6
+    got = divergence(shares, scores, visible)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    got.backward()
+    assert scores.grad.isfinite().all()
+    assert not scores.grad[:, 0].any()
+
+
+def test_the_fewest_entries_that_cost_little():
+    from indexers import fewest
+
+    assert fewest({64: 0.7020, 128: 0.7013, 256: 0.7001}, 0.7) == 128
+    assert fewest({64: 0.7020}, 0.7) is None
+    assert fewest({}, 0.7) is None
+
+
 def test_time_ends_a_run(options, tmp_path):
     before = time.monotonic()
     assert run(options, "--out", tmp_path / "out", "--max-seconds", 6) == 0
@@ -176,6 +305,7 @@ def test_bad_input_is_one_line_and_code_2(options, tmp_path, capsys):
         (["--out", tmp_path / "new", "--library", tmp_path / "nowhere"], "nowhere is not a folder"),
         (["--out", tmp_path / "new", "--config", tmp_path / "no.json"], "no.json"),
         (["--out", tmp_path / "new", "--context", "100000"], "less than a window of 100000"),
+        (["--out", tmp_path / "new", "--context", "60"], "need a multiple of 16, got 60"),
         (["--out", "/proc/nano"], "cannot write in /proc/nano"),
     ]
     for more, message in cases:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import schedule
 import torch
+from indexers import Indexers, fewest
 from optimizer import Optimizer
 from output import Destination
 from text import HeldOut, Text
@@ -45,7 +46,7 @@ class Loop:
         self.trainee, self.optimizer, self.text, self.clock = trainee, optimizer, text, clock
         self.held_out, self.destination, self.identity, self.every = held_out, destination, identity, every
         self.step, self.bytes, self.seconds_before, self.rows = 0, 0, 0.0, []
-        self.quantizing = False
+        self.quantizing, self.reserve = False, 20.0
         self._recent = torch.zeros((), device=trainee.device)
         self._recent_steps, self._recent_bytes, self._recent_from = 0, 0, time.monotonic()
         self._events: deque = deque()
@@ -57,11 +58,13 @@ class Loop:
         return self.seconds_before + time.monotonic() - self.clock.begin
 
     def run(self) -> None:
-        """Train until the clock is up.
+        """Train until the clock is up; a run that was killed after that is not trained again.
 
         Raises:
             FloatingPointError: the loss is not finite; the last checkpoint stays.
         """
+        if self.clock.done >= 1.0:
+            return
         self.warm_up()
         while (progress := self.clock.progress(self.step)) < 1.0:
             self.switch(schedule.quantizes(progress))
@@ -86,9 +89,11 @@ class Loop:
         print(f"first {steps} steps, compiling included: {time.monotonic() - before:.1f} s", flush=True)
         before = time.monotonic()
         self.log(progress, self.validate())
-        # Two validations end a run; five seconds are for writing 16 MB and for a slow last step.
-        reserve = 4 * (time.monotonic() - before) + 5.0
-        self.clock.start(reserve if self.clock.seconds is None else min(reserve, 0.3 * self.clock.seconds))
+        # Five validations and two counts of picked entries, eager, and writing 16 MB end a run.
+        self.reserve = 15 * (time.monotonic() - before) + 12.0
+        if self.clock.seconds is not None:
+            self.reserve = min(self.reserve, 0.25 * self.clock.seconds)
+        self.clock.start(self.reserve + schedule.indexer_seconds(self.clock.seconds))
 
     def one_step(self, progress: float) -> None:
         """Forward, backward, update; nothing here waits for the GPU's result."""
@@ -104,16 +109,37 @@ class Loop:
         self._recent_bytes += targets.numel()
         self.bytes += targets.numel()
         self.step += 1
-        self._throttle()
+        self.throttle()
+
+    def freeze(self) -> None:
+        """Leave a checkpoint of the finished model, and let it compute with the weights of its file."""
+        self.checkpoint(1.0)
+        self.optimizer.round_to_bf16(keep=parameters_saved_in_float32(self.trainee.model))
+        self._compute_in(False)
+
+    def train_indexers(self, indexers: Indexers) -> None:
+        """Train the indexers of the frozen model in what time is kept for that."""
+        steps, seconds = self.clock.steps, schedule.indexer_seconds(self.clock.seconds)
+        if self.clock.seconds is not None:
+            left = self.clock.begin + self.clock.seconds - self.reserve - time.monotonic()
+            seconds = max(0.0, min(seconds, left))
+        share = schedule.modules_share(1.0)
+        indexers.train(
+            lambda: self.text.draw(share)[0],
+            seconds,
+            None if steps is None else max(2, math.ceil(schedule.INDEXERS_SHARE * steps)),
+            self.throttle,
+            self.every.log,
+        )
 
     def switch(self, quantizing: bool) -> None:
         """Turn NVFP4 rounding on or off in what the model computes with."""
         if quantizing != self.quantizing:
             self._compute_in(quantizing)
 
-    def validate(self) -> float:
-        """Bits per byte on the held-out files, in the precision that is being trained."""
-        nats = self.trainee.nats(self.held_out.batches)
+    def validate(self, *, eager: bool = False) -> float:
+        """Bits per byte on the held-out files, in the precision that is being trained; see `Trainee.nats`."""
+        nats = self.trainee.nats(self.held_out.batches, eager=eager)
         self._last["validation"] = time.monotonic()
         return nats / math.log(2) / self.held_out.bytes
 
@@ -170,22 +196,34 @@ class Loop:
         for name, buffer in self._buffers().items():
             buffer.copy_(state["buffers"][name])
 
-    def finish(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The weights as they are saved, and bits per byte of exactly those, in bf16 and in NVFP4.
-
-        NVFP4 here is the training's rounding, with a global scale for each row and each matrix.
-        """
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are saved, once `freeze` has rounded them."""
         kept = parameters_saved_in_float32(self.trainee.model)
-        self.optimizer.round_to_bf16(keep=kept)
-        self._compute_in(False)
-        state = {
+        return {
             name: (t if name in kept or t.dtype == torch.int64 else t.bfloat16()).detach().cpu().clone()
             for name, t in self.trainee.model.state_dict().items()
         }
-        result = {"bf16": self.validate()}
+
+    def judge(self, counts: list[int]) -> tuple[dict[int | None, float], int | None, float]:
+        """Bits per byte of exactly the weights that are saved.
+
+        NVFP4 here is the training's rounding, with a global scale for each row and each matrix.
+
+        Args:
+            counts: of entries to try a query with.
+        Returns:
+            bf16 with each count and with all entries (None), the count to ship (None: all), NVFP4 with it.
+        """
+        bits = {}
+        for count in [*counts, None]:
+            self.trainee.keep(count)
+            bits[count] = self.validate(eager=True)
+        chosen = fewest({c: bits[c] for c in counts}, bits[None])
+        self.trainee.keep(chosen)
         self._compute_in(True)
-        result["nvfp4"] = self.validate()
-        return state, result
+        nvfp4 = self.validate(eager=True)
+        self._compute_in(False)
+        return bits, chosen, nvfp4
 
     def _compute_in(self, quantizing: bool) -> None:
         self.quantizing = quantizing
@@ -198,7 +236,8 @@ class Loop:
     def _due(self, what: str) -> bool:
         return time.monotonic() - self._last[what] >= getattr(self.every, what)
 
-    def _throttle(self) -> None:
+    def throttle(self) -> None:
+        """Wait for the step before the last few."""
         if self.trainee.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from indexers import Indexers
 from loop import Loop
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
@@ -85,7 +86,14 @@ def _parts(loop: Loop) -> None:
         loop.trainee.balance(0.0)
 
     parts = {"draw": lambda: loop.text.draw(0.5), "forward": forward, "forward, backward": both}
-    for name, part in (parts | {"update": update, "validate": loop.validate}).items():
+    indexers = Indexers(loop.trainee)
+    more = {
+        "update": update,
+        "validate": loop.validate,
+        "validate, eager": lambda: loop.validate(eager=True),
+        "a step of the indexers": lambda: indexers.one_step(ids, 0.0),
+    }
+    for name, part in (parts | more).items():
         print(f"{name}: {_time(loop, part, 5) * 1e3:.2f} ms")
     loop.trainee.model.zero_grad(set_to_none=True)
 

@@ -9,6 +9,8 @@ WARM_UP = 0.02
 DECAY_FROM = 0.4
 QUANTIZE_FROM = 0.85
 LAST_FACTOR = 0.02
+INDEXERS_SHARE, INDEXERS_SECONDS = 0.1, 40.0
+"""Of the run's time that the indexers' training takes at its end, and at most."""
 MODULES_SHARE = (0.4375, 0.5)
 """Windows from the library's modules rather than its tests, before and after the decay begins; modules are
 0.39 of the text, but all that is evaluated."""
@@ -32,6 +34,11 @@ def phase(progress: float) -> str:
     if quantizes(progress):
         return "nvfp4"
     return "warm-up" if progress < WARM_UP else "level" if progress < DECAY_FROM else "decay"
+
+
+def indexer_seconds(seconds: float | None) -> float:
+    """What the indexers' training may take of a run."""
+    return INDEXERS_SECONDS if seconds is None else min(INDEXERS_SECONDS, INDEXERS_SHARE * seconds)
 
 
 def modules_share(progress: float) -> float:

@@ -17,10 +17,12 @@ import math  # noqa: E402
 import platform  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import schedule  # noqa: E402
 import torch  # noqa: E402
+from indexers import COUNTS, RATE, Indexers  # noqa: E402
 from loop import Every, Loop  # noqa: E402
 from optimizer import Optimizer  # noqa: E402
 from output import Destination  # noqa: E402
@@ -28,7 +30,7 @@ from text import HeldOut, Text  # noqa: E402
 from trainee import Trainee, first_weights  # noqa: E402
 
 from dsv4lab import corpus  # noqa: E402
-from dsv4lab.model import ModelConfig  # noqa: E402
+from dsv4lab.model import CSA, ModelConfig  # noqa: E402
 
 MATRIX_RATE, WEIGHT_DECAY = 0.02, 0.1
 RATES = {
@@ -74,6 +76,10 @@ def prepare(args: argparse.Namespace, begin: float) -> tuple[Loop, dict, str]:
         raise ValueError("library: no held-out file is left to validate on")
     trained_on = corpus.trained_on_text(train_on)
     config = ModelConfig.nano() if args.config is None else _read_config(args.config)
+    if CSA in config.layer_types and args.context % config.sliding_window:
+        raise ValueError(
+            f"context: the indexers need a multiple of {config.sliding_window}, got {args.context}"
+        )
     text = Text(train_on, args.batch, args.context, args.seed, device)
     held_out = HeldOut.of(judge_on, args.batch, args.context, device)
     trainee = Trainee(config, device, args.context, compiled=args.compile, kernels=args.kernels)
@@ -98,20 +104,49 @@ def prepare(args: argparse.Namespace, begin: float) -> tuple[Loop, dict, str]:
 
 
 def finish(loop: Loop, facts: dict, trained_on: str) -> None:
-    """Judges the weights as they are saved, says so, and moves all files to their names."""
-    state, bits = loop.finish()
+    """Trains the indexers, judges the weights as they are saved, and moves all files to their names."""
+    facts["steps"], facts["bytes_seen"] = loop.step, loop.bytes
+    indexers = Indexers(loop.trainee)
+    entries = loop.trainee.context // loop.trainee.model.config.csa_ratio
+    counts = [count for count in COUNTS if count < entries and indexers.layers]
+    loop.freeze()
+    untrained = indexers.recall(loop.held_out.batches, counts)
+    loop.train_indexers(indexers)
+    recall = indexers.recall(loop.held_out.batches, counts)
+    bits, chosen, nvfp4 = loop.judge(counts)
+    config = loop.trainee.model.config
+    config = replace(config, index_topk=chosen or max(entries, config.index_topk))
+    facts["indexers"] = {
+        "steps": indexers.steps, "rate": RATE, "divergence": indexers.curve,
+        "bits_per_byte_by_entries": {"all" if c is None else str(c): round(v, 4) for c, v in bits.items()},
+        "recall_by_entries": recall,
+        "recall_untrained_by_entries": untrained,
+    }  # fmt: skip
+    facts["index_topk"] = config.index_topk
+    _conclude(facts, {"bf16": bits[chosen], "nvfp4": nvfp4})
+    facts["seconds"] = round(loop.seconds, 1)
+    loop.destination.finish(config, loop.weights(), loop.rows, facts, trained_on)
+    print(f"{loop.destination.folder}: written after {loop.seconds:.1f} s", flush=True)
+
+
+def _conclude(facts: dict, bits: dict[str, float]) -> None:
+    """Put the figures into `facts` and on the screen."""
     xz = facts["held_out"]["xz_bits_per_byte"]
     facts |= {
-        "steps": loop.step, "bytes_seen": loop.bytes, "seconds": round(loop.seconds, 1),
         "bits_per_byte": {k: round(v, 4) for k, v in bits.items()},
         "of_xz": {k: round(v / xz, 4) for k, v in bits.items()},
         "nvfp4_above_bf16": round(bits["nvfp4"] / bits["bf16"] - 1, 4),
-    }  # fmt: skip
-    loop.destination.finish(loop.trainee.model.config, state, loop.rows, facts, trained_on)
+    }
+    for count, value in facts["indexers"]["bits_per_byte_by_entries"].items():
+        recall = facts["indexers"]["recall_by_entries"].get(count)
+        print(
+            f"held out, bf16, {count} entries: {value:.4f} bits per byte"
+            + (f", recall {recall['indexer']:.3f} (chance {recall['chance']:.3f})" if recall else "")
+        )
+    print(f"index_topk: {facts['index_topk']}")
     for name, value in bits.items():
         print(f"held out, {name}: {value:.4f} bits per byte, {value / xz:.4f} of what xz -9 needs")
-    print(f"NVFP4 above bf16: {bits['nvfp4'] / bits['bf16'] - 1:+.2%}")
-    print(f"{loop.destination.folder}: written after {loop.seconds:.1f} s", flush=True)
+    print(f"NVFP4 above bf16: {bits['nvfp4'] / bits['bf16'] - 1:+.2%}", flush=True)
 
 
 def _facts(args, device, train_on, judge_on, trainee) -> dict:
@@ -123,7 +158,8 @@ def _facts(args, device, train_on, judge_on, trainee) -> dict:
         "seed": args.seed, "batch": args.batch, "context": args.context, "compiled": args.compile,
         "rates": {"muon": MATRIX_RATE * args.rate, "weight_decay": WEIGHT_DECAY, "adamw": RATES},
         "schedule": {"warm_up": schedule.WARM_UP, "decay_from": schedule.DECAY_FROM,
-                     "nvfp4_from": schedule.QUANTIZE_FROM, "modules_share": schedule.MODULES_SHARE},
+                     "nvfp4_from": schedule.QUANTIZE_FROM,
+                     "indexers_share": schedule.INDEXERS_SHARE, "modules_share": schedule.MODULES_SHARE},
         "trained_on": {"files": len(train_on), "bytes": sum(len(f.data) for f in train_on),
                        "of_them_tests": {"files": len(tests), "bytes": sum(len(f.data) for f in tests)}},
         "held_out": {"files": len(judge_on), "bytes": sum(len(f.data) for f in judge_on),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dsv4lab.layers import Router, Weight, fake_quantize
 from dsv4lab.model import DeepseekV4, ModelConfig, hyper_connections
+from dsv4lab.model.step import Step
 
 BALANCE_RATE = 1e-3
 """Step of the router's bias, which only chooses; the value DeepSeek-V3 was trained with."""
@@ -35,6 +37,8 @@ class Trainee:
         self.context, self.device, self.kernels = context, device, kernels
         self.quantizing = torch.zeros((), device=device)
         self.routers = [m for m in self.model.modules() if isinstance(m, Router)]
+        self.indexed = [layer for layer in self.model.layers if layer.attn.indexer is not None]
+        self.keep(None)
         self._freeze_indexers()
         self._round_activations(kernels)
         for router in self.routers:
@@ -60,25 +64,63 @@ class Trainee:
             ids: (B, T) int64.
             targets: (B, T) int64, the bytes that follow.
         """
-        model = self.model
-        step = model._step(ids, None)
-        step._known = self.known
-        streams = model.embed(ids)[:, :, None].expand(-1, -1, model.config.hc_mult, -1).contiguous()
-        for layer in model.layers:
-            streams = layer(streams, step)
+        *_, streams = self._through(ids)
         return self._head(streams, targets)
 
-    def nats(self, batches: list[tuple[Tensor, Tensor]]) -> float:
+    def nats(self, batches: list[tuple[Tensor, Tensor]], *, eager: bool = False) -> float:
         """Sum of -ln p over batches, without training on them.
 
-        Gradients stay on, since the compiled graph without them is another one and half a minute away.
+        Compiled, gradients stay on, since the graph without them is another one and half a minute away.
+
+        Args:
+            batches: of ids and targets.
+            eager: do not run the compiled blocks: needed where entries have been left out.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for ids, targets in batches:
-            total += self.loss_sum(ids, targets).detach()
+            if eager:
+                with torch.no_grad():
+                    *_, streams = self._through(ids, eager=True)
+                    total += self._head_loss(streams, targets)
+            else:
+                total += self.loss_sum(ids, targets).detach()
         for router in self.routers:
             router.load.zero_()
         return total.item()
+
+    def attention_inputs(self, ids: Tensor, *, eager: bool = False) -> list[Tensor]:
+        """What the attention of each layer with an indexer reads, (B, T, H) each, without gradients."""
+        inputs = []
+        for layer, streams in zip(self.model.layers, self._through(ids, eager), strict=False):
+            if layer in self.indexed:
+                with torch.no_grad():
+                    mixing = (layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale)
+                    x, _, _ = hyper_connections.open_streams(streams.detach(), *mixing, **layer.mixing)
+                    inputs.append(layer.attn_norm(x))
+        for router in self.routers:
+            router.load.zero_()
+        return inputs
+
+    def step(self, ids: Tensor) -> Step:
+        """Positions of whole windows, with what is known about them."""
+        step = self.model._step(ids, None)
+        step._known = self.known
+        return step
+
+    def keep(self, count: int | None) -> None:
+        """Let a query attend to `count` compressed entries that the indexers choose, or to all; eagerly."""
+        every = max(self.context // self.model.config.csa_ratio, 1)
+        for layer in self.indexed:
+            layer.attn.indexer.topk = every if count is None else count
+
+    def _through(self, ids: Tensor, eager: bool = False) -> Iterator[Tensor]:
+        """The streams (B, T, n, H) before each layer, and after the last."""
+        model, step = self.model, self.step(ids)
+        streams = model.embed(ids)[:, :, None].expand(-1, -1, model.config.hc_mult, -1).contiguous()
+        yield streams
+        for layer in model.layers:
+            streams = (layer.forward if eager else layer)(streams, step)
+            yield streams
 
     @torch.no_grad()
     def balance(self, factor: float) -> None:
@@ -96,7 +138,7 @@ class Trainee:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _freeze_indexers(self) -> None:
-        """At this context every entry is kept, so nothing would move them."""
+        """While every entry is kept, nothing would move them; see indexers.py."""
         for name, parameter in self.model.named_parameters():
             if ".indexer." in name:
                 parameter.requires_grad_(False)

@@ -126,7 +126,8 @@ def test_shares_of_entries_against_a_loop(tiny_config):
     index = tiny_config.layer_types.index(CSA)
     attn, tokens = model.layers[index].attn, 3 * tiny_config.sliding_window
     attn.attn_sink.data = 3 * random(tiny_config.num_attention_heads, seed=1)
-    attn.wq_b.weight.data *= 4  # uneven weights
+    attn.kv_norm.weight.data *= 4  # uneven weights
+    attn.compressor.norm.weight.data *= 4
     x = random(2, tokens, tiny_config.hidden_size)
     step = model._step(torch.zeros(2, tokens, dtype=torch.int64), None)
     with torch.no_grad():
