@@ -1,4 +1,4 @@
-"""The shipped model: transformers computes the same logits from the same files, and it fits what is promised."""
+"""The shipped model: transformers computes the same logits from the same files, and it keeps its promises."""
 
 from __future__ import annotations
 
