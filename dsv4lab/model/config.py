@@ -102,7 +102,7 @@ class ModelConfig:
         return cls(
             vocab_size=256, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, head_dim=128,
             rope_dim=32, q_lora_rank=128, o_groups=2, o_lora_rank=128, moe_intermediate_size=128,
-            n_routed_experts=8, num_experts_per_tok=4, index_n_heads=4, index_head_dim=32,
+            n_routed_experts=8, num_experts_per_tok=4, index_n_heads=4, index_head_dim=32, index_topk=128,
             layer_types=(SLIDING, SLIDING, CSA, HCA, CSA, CSA), mlp_layer_types=_hash_first(2, 6),
             max_position_embeddings=4096, yarn=None, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
