@@ -1,4 +1,4 @@
-# make demo | test | lab | lint: each sets up .venv first if it is not there, and a second call installs nothing.
+# make demo | test | lab | bench | lint: each sets up .venv first if it is not there, and a second call installs nothing.
 # PYTHON= names the interpreter, TORCH_INDEX= the index torch comes from, JOBS= the number of test processes.
 
 VENV := .venv
@@ -9,16 +9,20 @@ READY := $(VENV)/.complete
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 TESTS ?=
 
+# Arguments of the benchmark.
+BENCH ?=
+
 # What the demo continues, and how many held-out bytes it compares on.
 PROMPT ?= class Reader:
 DEMO_BYTES ?= 2000
 
-.PHONY: help demo test lab lint setup
+.PHONY: help demo test lab bench lint setup
 
 help:
 	@echo "make demo   quantize the shipped model, decode text, compare bf16 with NVFP4"
 	@echo "make test   all tests and notebooks (TESTS=tests/test_cli.py for some of them)"
 	@echo "make lab    JupyterLab on the notebooks"
+	@echo "make bench  time the operations, each checked first (BENCH='--shapes flash:1' for other shapes)"
 	@echo "make lint   ruff check and format check"
 
 setup: $(READY)
@@ -38,6 +42,9 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/python -m dsv4lab lab
+
+bench: $(READY)
+	$(BIN)/python -m dsv4lab bench $(BENCH)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

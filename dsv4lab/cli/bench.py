@@ -1,0 +1,113 @@
+"""`dsv4lab bench`: how fast the operations run here, each checked before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import add_json, command, positive, print_json, print_table, say
+from .progress import Progress
+
+HEADER = ("op", "shape", "backend")
+NUMBERS = (
+    ("p20_us", "p20 us", "{:.1f}"),
+    ("p50_us", "p50", "{:.1f}"),
+    ("p80_us", "p80", "{:.1f}"),
+    ("gb_per_s", "GB/s", "{:.3g}"),
+    ("tflops", "TFLOPS", "{:.3g}"),
+    ("share_of_floor", "of floor", "{:.0%}"),
+    ("baseline", "baseline", "{}"),
+    ("baseline_us", "us", "{:.1f}"),
+    ("speedup", "speed-up", "{:.2f}x"),
+)
+"""Columns of the table: key, title, form."""
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    about = "Time the operations beside a copy or bf16 GEMMs; a wrong result is refused, not timed."
+    epilog = (
+        "GB/s and TFLOPS count what an operation needs: each byte once a pass, only experts with tokens. "
+        "The floor is known for devices that were measured. linear and grouped_mm have NVFP4 activations, "
+        "with _w4a16 bf16 ones."
+    )
+    parser = command(commands, "bench", about, epilog)
+    parser.add_argument(
+        "--backend", metavar="NAME", help="what runs the operations (default: the device's default)"
+    )
+    parser.add_argument("--op", metavar="NAME[,...]", type=_names, help="some operations (default: all)")
+    parser.add_argument(
+        "--shapes",
+        metavar="SPEC[,...]",
+        type=_names,
+        default=["nano"],
+        help="nano, flash or pro for the model's own K and N, flash:16 for 16 tokens; or TxK of quantizing, "
+        "TxKxN of linear, TxKxNxGxk of G groups of which each token takes k (default: nano)",
+    )
+    parser.add_argument("--repeats", metavar="N", type=positive, default=25, help="default: 25")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="append the rows to a file")
+    parser.add_argument("--commit", metavar="ID", help="for the rows, where the sources are no git checkout")
+    add_json(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from dsv4lab import bench, bench_rows
+    from dsv4lab.bench_shapes import select
+
+    device = _device(args.device)
+    cases = select(args.op, args.shapes, args.backend, device)
+    if args.csv:
+        bench_rows.check_file(args.csv)  # known before a measurement that may take long
+    where = bench_rows.provenance(device, args.commit)
+    with Progress("measuring") as progress:
+        found = bench.bench(cases, args.backend, device, args.repeats, progress)
+    if args.json:
+        print_json({**where, "repeats": args.repeats, "results": [m.as_dict() for m in found]})
+    else:
+        print_report(found, where)
+    if args.csv:
+        rows = bench_rows.append(args.csv, found, where)
+        say(f"{args.csv}: {rows} rows added")
+    if refused := [m for m in found if m.refused]:
+        first = refused[0]
+        raise ValueError(
+            f"{len(refused)} of {len(found)} refused, the first {first.case.kind} {first.case.size} "
+            f"on {first.backend}: {first.refused}"
+        )
+
+
+def print_report(found: list, where: dict) -> None:
+    """Measurements as a table."""
+    versions = ", ".join(f"{name} {where[name]}" for name in ("driver", "torch", "dsv4lab") if where[name])
+    print(f"{where['device']}, {versions}, {where['date']}")
+    print_table([*HEADER, *(title for _, title, _ in NUMBERS)], [_row(m.as_dict()) for m in found])
+
+
+def _row(d: dict) -> list[str]:
+    cells = ["" if d[name] is None else form.format(d[name]) for name, _, form in NUMBERS]
+    if d["refused"]:
+        cells = ["", "refused", *[""] * (len(NUMBERS) - 2)]
+    return [*(d[name] for name in HEADER), *cells]
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return names
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: times can be taken on cpu and cuda alone")
+    return device
