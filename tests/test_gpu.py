@@ -405,7 +405,7 @@ def no_waits():
 
 
 def test_no_operation_waits_for_the_device():
-    x, weight, mix = (on_gpu(t) for t in (data()["bf16"], torch.ones(64), normal(4, 8)))
+    x, weight, mix = (on_gpu(t) for t in (data()["bf16"], torch.ones(64), normal(4, 2, 4)))
     with no_waits(), pytest.raises(RuntimeError, match="synchroniz"):
         x.amax().item()  # a wait is seen
     gate_up = torch.cat((x, x), -1)
@@ -418,8 +418,7 @@ def test_no_operation_waits_for_the_device():
                     dequantize_nvfp4(t)
                 quantize.swiglu_quantize(gate_up, 10.0, how)
                 quantize.rmsnorm_quantize(x, weight, 1e-6, how)
-                if how != "group":
-                    quantize.mhc_rmsnorm_quantize(x, mix, weight, 1e-6, how)
+                quantize.mhc_rmsnorm_quantize(x.view(4, 2, 4, 64), mix, weight, 1e-6, how)
             for a, b, offsets, sizes, _ in products:
                 grouped_mm(a, b, offsets, sizes)
                 for output in ("bf16", "nvfp4"):
@@ -469,6 +468,23 @@ def test_no_layer_waits_for_the_device(how):
         assert y.isfinite().all() and same(y, want[name])
 
 
+@pytest.mark.parametrize("how", RUNTIME)
+def test_layers_agree_with_the_cpu(how):
+    """The same input gives the same codes, so that only sums differ, in their order, by 1e-6 at most.
+
+    One code in ten thousand between two products may then flip, which is worth 12 mean squared errors of the
+    rounding (step^2 / 12): sqrt(12e-4) = 3.5 % of what quantization does to the result.
+    """
+    model, exact, inputs = layers(how), layers("bf16"), layer_inputs(300)
+    cpu = copy.deepcopy(model).to("cpu")
+    for name, args in inputs.items():
+        want = cpu[name](*(t.cpu() for t in args)).float()
+        effect = (exact[name](*args).float().cpu() - want).square().mean()
+        distance = (model[name](*args).float().cpu() - want).square().mean()
+        assert effect.sqrt() > 0.01 * want.square().mean().sqrt()
+        assert distance <= 12e-4 * effect, name
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("how", [*RUNTIME, "bf16"])
 def test_captured_layers_equal_eager_ones(how, fused):
@@ -502,6 +518,7 @@ def test_captured_layers_equal_eager_ones(how, fused):
     assert any(not torch.equal(a, chosen[0]) for a in chosen[1:])
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_capture_that_would_allocate_scratch_memory_raises():
     cold, x = layers("token")["moe"], layer_inputs(5)["moe"][0]
     cold(x)
@@ -703,26 +720,27 @@ def test_nano_in_fp32_decodes_the_cpu_s_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_nano_in_nvfp4_decodes_as_the_cpu_does(dtype):
+def test_nano_in_nvfp4_is_as_near_to_high_precision_as_on_the_cpu(dtype):
     """By graph, through the CPU's tokens; streams in fp32 or bf16.
 
-    The quantizers are exact, but a value rounded otherwise lands on the next code now and then, and a token
-    on the next expert; nothing bounds what follows. So the distance from the CPU's steps is held against that
-    of the CPU's own forward of the whole with fp32 streams, which differs from them by order of accumulation
-    and, for bf16, by the rounding of streams: at most twice, and choices with a larger margin are the same.
+    Tokens cannot be the same for sure. The quantizers are exact, but one value in a million lands on the next
+    code where its last bit differs, and that changes codes in all layers and tokens after it: on the CPU, an
+    embedding changed by 1e-6 of itself moves the logits as far as bf16 streams do. So at most twice the CPU's
+    error is allowed, and choices whose margin is more than twice the CPU's largest error are the same.
     """
     cpu, ids = nano(dtype, quantized=True), prompts()
     want, logits = decoded(cpu, ids)
-    other = forwarded(nano(torch.float32, quantized=True), ids, want)
+    exact = forwarded(nano(torch.float32, quantized=False), ids, want)
     got = replayed(copy.deepcopy(cpu).to(GPU), ids, want)
-    ours, theirs = ((t - logits).square().mean().sqrt() for t in (got, other))
+    ours, theirs, apart = (
+        a.sub(b).square().mean().sqrt() for a, b in ((got, exact), (logits, exact), (got, logits))
+    )
     top = logits.topk(2, -1).values
-    clear = top[..., 0] - top[..., 1] > 2 * (other - logits).abs().max()
+    clear = top[..., 0] - top[..., 1] > 2 * (logits - exact).abs().max()
     changed = got.argmax(-1) != want
     print(
-        f"{dtype}: rms {ours:.3f} from the CPU's steps (the CPU's whole fp32 forward {theirs:.3f}), "
-        f"{changed.sum()} of {changed.numel()} choices differ (whole: {(other.argmax(-1) != want).sum()}), "
-        f"{clear.sum()} are clear"
+        f"{dtype}: rms error {ours:.3f}, on the CPU {theirs:.3f}, {apart:.3f} from it; "
+        f"{changed.sum()} of {changed.numel()} choices differ, {clear.sum()} are clear"
     )
     assert ours <= 2 * theirs
-    assert not changed[clear].any() and clear.float().mean() > 0.1
+    assert not changed[clear].any() and clear.float().mean() > 0.05
