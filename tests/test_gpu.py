@@ -409,7 +409,8 @@ def test_no_operation_waits_for_the_device():
     with no_waits(), pytest.raises(RuntimeError, match="synchroniz"):
         x.amax().item()  # a wait is seen
     gate_up = torch.cat((x, x), -1)
-    products, known = [groups(how) for how in ("tensor", "token", "group", "bf16")], on_gpu(policy("static"))
+    products = [groups(how, n=64) for how in ("tensor", "token", "group", "bf16")]
+    known = on_gpu(policy("static"))
     for again in (nullish, no_waits):  # decoded weights and tables exist after the first time
         with again():
             for how in ("tensor", "token", "group", 0.0123, known, policy("callable")):
