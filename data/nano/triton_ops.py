@@ -175,7 +175,7 @@ def _fake_quantize(x: Tensor, on: Tensor, divisor: float) -> Tensor:
     out = torch.empty_like(x)
     block = max(1, 2048 // k)
     grid = (triton.cdiv(rows, block),)
-    # A product fused into the addition that rounds it is not rounded before: 1 value in 6,000 came out otherwise.
+    # Fused with the addition that rounds it, a product is not rounded itself: 1 value in 6,000 was wrong.
     options = {"num_warps": 4, "enable_fp_fusion": False}
     _fake_quantize_kernel[grid](x, out, on, rows, divisor, K=k, BLOCK=block, **options)
     return out
