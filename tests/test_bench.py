@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from dsv4lab.bench_cases import KINDS, Case, tensors
 from dsv4lab.bench_checks import WrongResult
 from dsv4lab.bench_shapes import PRESETS, preset_cases, select
 from dsv4lab.cli import main
+from dsv4lab.quantize import quantize_nvfp4
 from dsv4lab.roofline import RATES, floor_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +112,25 @@ def test_nan_and_another_shape_are_refused(case):
             case.check(given, result[:-1], "reference")
 
 
+def test_each_part_is_held_to_its_own_formula():
+    """Changes that the other parts make up for, or hide by saturating."""
+    x = torch.tensor([6.0, 4.0, 2.0, 0.0] * 4).repeat(2, 2).bfloat16()
+    t, y = quantize_nvfp4(x, "token"), x.double()
+    assert t.codes.tolist() == [[0x67, 0x04] * 8] * 2 and t.block_scales.float().eq(448).all()
+    bench_checks.quantized(t, y)
+    half = torch.full_like(t.block_scales.float(), 224).to(t.block_scales.dtype)
+    negative = t.codes.clone()
+    negative[1, 0] ^= 0x80
+    for wrong, message in (
+        (t.with_(global_scale=t.global_scale * 2, block_scales=half), "global scale wrong in 2 of 2"),
+        (t.with_(codes=torch.tensor([[0x77, 0x06] * 8] * 2, dtype=torch.uint8), block_scales=half),
+         "block scales wrong in 4 of 4"),
+        (t.with_(codes=negative), "signs wrong in 1 of 64"),
+    ):  # fmt: skip
+        with pytest.raises(WrongResult, match=message):
+            bench_checks.quantized(wrong, y)
+
+
 def test_bits_that_the_contract_fixes_are_compared_with_the_reference(monkeypatch):
     case = Case("quantize_token", (4, 32))
     given = case.make("cpu")
@@ -172,6 +193,7 @@ def test_the_command_says_what_was_refused_and_keeps_the_rest(run, backend, tmp_
     assert code == 2 and re.search(r"quantize_token +8x32 +testing +refused\n", out)
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is read from Linux's table")
 def test_cases_too_large_for_the_memory_are_refused(never_timed):
     (found,) = bench.bench([Case("grouped_mm", (1, 1 << 15, 1 << 15, 1 << 15, 1))])
     assert re.fullmatch(r"needs about 524288 GiB, \d+ GiB are free", found.refused)
@@ -410,13 +432,18 @@ def test_where_rows_come_from():
     assert where["driver"] == "" and where["device"].endswith(("thread", "threads"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", where["date"])
     assert bench_rows.provenance(torch.device("cpu"), "abc")["commit"] == "abc"
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git"):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         assert head.stdout.startswith(where["commit"].removesuffix("-dirty")) and where["commit"]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="makes a repository")
 def test_a_copy_outside_a_checkout_names_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_rows, "__file__", str(tmp_path / "dsv4lab" / "bench_rows.py"))
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)  # a repository around it is not its own
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(bench_rows, "__file__", str(tmp_path / "site" / "dsv4lab" / "bench_rows.py"))
     assert bench_rows.provenance(torch.device("cpu"))["commit"] == ""
 
 
@@ -431,7 +458,8 @@ def test_the_default_run_measures_every_operation(run):
     for r in report["results"]:
         assert set(r) == {
             "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "bytes", "flops", "rotated_bytes",
-            "gb_per_s", "tflops", "floor_us", "share_of_floor", "baseline", "baseline_us", "speedup", "refused",
+            "gb_per_s", "tflops", "floor_us", "share_of_floor", "baseline", "baseline_us", "speedup",
+            "refused",
         }  # fmt: skip
         assert r["backend"] == "reference" and r["refused"] is None and r["floor_us"] is None
         assert 0 < r["p20_us"] <= r["p50_us"] <= r["p80_us"] and r["bytes"] > 0 and r["speedup"] > 0
