@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4lab import bench, bench_checks, bench_inputs, bench_rows, ops
-from dsv4lab.bench import Measurement, Replay, interleaved, percentiles, wall_seconds
-from dsv4lab.bench_cases import KINDS, Case, tensors
-from dsv4lab.bench_checks import WrongResult
-from dsv4lab.bench_shapes import PRESETS, preset_cases, select
+from dsv4lab import ops
+from dsv4lab.bench import checks, inputs, measure, rows
+from dsv4lab.bench.cases import KINDS, Case, tensors
+from dsv4lab.bench.checks import WrongResult
+from dsv4lab.bench.measure import Measurement, Replay, interleaved, percentiles, wall_seconds
+from dsv4lab.bench.shapes import PRESETS, preset_cases, select
 from dsv4lab.cli import main
 from dsv4lab.quantize import quantize_nvfp4
 from dsv4lab.roofline import RATES, floor_seconds
@@ -27,7 +28,7 @@ from dsv4lab.roofline import RATES, floor_seconds
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {2: (5, 48), 3: (5, 48, 32), 5: (7, 48, 32, 6, 2)}
 SMALL = [Case(name, SHAPES[len(kind.dims)]) for name, kind in KINDS.items()]
-WHERE = {name: f"some {name}" for name in bench_rows.PROVENANCE}
+WHERE = {name: f"some {name}" for name in rows.PROVENANCE}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def run(capsys):
 
 @pytest.fixture
 def never_timed(monkeypatch):
-    monkeypatch.setattr(bench, "interleaved", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
 
 
 def halves(x, g, granularity, divisor, swizzled):
@@ -80,7 +81,7 @@ def test_the_reference_passes_and_any_part_changed_does_not(case):
     case.check(given, case.run(given, "reference"), "reference")
     for part in range(len(tensors(case.run(given, "reference")))):
         result = case.run(given, "reference")
-        row = bench_inputs.spans(*given[:4])[0][1] if len(case.shape) > 2 else 0
+        row = inputs.spans(*given[:4])[0][1] if len(case.shape) > 2 else 0
         spoil(tensors(result)[part], row)
         with pytest.raises(WrongResult, match=r"wrong in \d+ of \d+ places"):
             case.check(given, result, "reference")
@@ -117,7 +118,7 @@ def test_each_part_is_held_to_its_own_formula():
     x = torch.tensor([6.0, 4.0, 2.0, 0.0] * 4).repeat(2, 2).bfloat16()
     t, y = quantize_nvfp4(x, "token"), x.double()
     assert t.codes.tolist() == [[0x67, 0x04] * 8] * 2 and t.block_scales.float().eq(448).all()
-    bench_checks.quantized(t, y)
+    checks.quantized(t, y)
     half = torch.full_like(t.block_scales.float(), 224).to(t.block_scales.dtype)
     negative = t.codes.clone()
     negative[1, 0] ^= 0x80
@@ -128,14 +129,14 @@ def test_each_part_is_held_to_its_own_formula():
         (t.with_(codes=negative), "signs wrong in 1 of 64"),
     ):  # fmt: skip
         with pytest.raises(WrongResult, match=message):
-            bench_checks.quantized(wrong, y)
+            checks.quantized(wrong, y)
 
 
 def test_bits_that_the_contract_fixes_are_compared_with_the_reference(monkeypatch):
     case = Case("quantize_token", (4, 32))
     given = case.make("cpu")
     result = case.run(given, "reference")
-    monkeypatch.setattr(bench_checks, "quantized", lambda *_: None)
+    monkeypatch.setattr(checks, "quantized", lambda *_: None)
     case.check(given, result, "other")
     spoil(result.codes, 0)
     with pytest.raises(WrongResult, match=r"bits of torch\.uint8 wrong in 1 of 64 places"):
@@ -155,7 +156,7 @@ def test_inputs_differ_by_seed_and_repeat():
 
 
 def test_a_broken_backend_is_refused(backend, never_timed):
-    (found,) = bench.bench([Case("quantize_token", (16, 64))], backend(quantize=halves))
+    (found,) = measure.bench([Case("quantize_token", (16, 64))], backend(quantize=halves))
     assert re.fullmatch(r"codes wrong in \d+ of 1024 places", found.refused)
     assert found.seconds is None and found.as_dict()["p50_us"] is None
 
@@ -169,7 +170,7 @@ def test_a_broken_backend_is_refused(backend, never_timed):
 def test_broken_gemms_are_refused(backend, never_timed, defect):
     name = backend(grouped_mm=lambda *args: defect(ops.OPS["grouped_mm"](*args, backend="reference")))
     kinds = ("linear", "linear_w4a16", "grouped_mm", "grouped_mm_w4a16")
-    found = bench.bench([case for case in SMALL if case.kind in kinds], name)
+    found = measure.bench([case for case in SMALL if case.kind in kinds], name)
     assert len(found) == 4 and all("output of group" in m.refused for m in found), found
 
 
@@ -195,7 +196,7 @@ def test_the_command_says_what_was_refused_and_keeps_the_rest(run, backend, tmp_
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is read from Linux's table")
 def test_cases_too_large_for_the_memory_are_refused(never_timed):
-    (found,) = bench.bench([Case("grouped_mm", (1, 1 << 15, 1 << 15, 1 << 15, 1))])
+    (found,) = measure.bench([Case("grouped_mm", (1, 1 << 15, 1 << 15, 1 << 15, 1))])
     assert re.fullmatch(r"needs about 524288 GiB, \d+ GiB are free", found.refused)
 
 
@@ -244,7 +245,7 @@ def test_a_graph_goes_round_the_sets(cuda, monkeypatch):
     replay = Replay([lambda i=i: seen.append(i) for i in range(5)])
     assert seen == [0, 0, *[0, 1, 2, 3, 4] * 7] and replay.count == 35
     assert replay.seconds() == pytest.approx(64e-3 / 35)
-    monkeypatch.setattr(bench, "LONG", -1.0)  # every call takes longer
+    monkeypatch.setattr(measure, "LONG", -1.0)  # every call takes longer
     assert Replay([lambda: None] * 5).count == 5
 
 
@@ -377,7 +378,7 @@ def measured(p50=2e-6, **changes) -> Measurement:
 
 def test_rows_carry_their_provenance_and_are_appended(tmp_path):
     file = tmp_path / "rows.csv"
-    assert bench_rows.append(file, [measured(), measured(refused="wrong", seconds=None)], WHERE) == 1
+    assert rows.append(file, [measured(), measured(refused="wrong", seconds=None)], WHERE) == 1
     first = file.read_bytes()
     assert first.decode().splitlines() == [
         "op,shape,backend,p20_us,p50_us,p80_us,baseline,baseline_us,bytes,flops,rotated_bytes,"
@@ -387,11 +388,11 @@ def test_rows_carry_their_provenance_and_are_appended(tmp_path):
     ]
     file.write_bytes(first.rstrip(b"\n"))  # as an editor may leave it
     file.chmod(0o640)
-    bench_rows.append(file, [measured(5e-6)], {**WHERE, "device": 'a "quoted", name'})
+    rows.append(file, [measured(5e-6)], {**WHERE, "device": 'a "quoted", name'})
     assert file.read_bytes().startswith(first) and file.stat().st_mode & 0o777 == 0o640
     with file.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [(row["p50_us"], row["device"]) for row in rows] == [
+        read = list(csv.DictReader(stream))
+    assert [(row["p50_us"], row["device"]) for row in read] == [
         ("2.0", "some device"),
         ("5.0", 'a "quoted", name'),
     ]
@@ -400,7 +401,7 @@ def test_rows_carry_their_provenance_and_are_appended(tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "rows.csv"
-    bench_rows.append(file, [measured()], WHERE)
+    rows.append(file, [measured()], WHERE)
     before = file.read_bytes()
     written = []
 
@@ -410,15 +411,13 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        bench_rows.append(file, [measured()], WHERE)
+        rows.append(file, [measured()], WHERE)
     ((new, old),) = written  # all of the new file stood beside the untouched old one
     assert old == before and new.startswith(before) and len(new.splitlines()) == 3
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    "text", ["op,shape\n", "a note\n", "\n", ",".join(reversed(bench_rows.HEADER)) + "\n"]
-)
+@pytest.mark.parametrize("text", ["op,shape\n", "a note\n", "\n", ",".join(reversed(rows.HEADER)) + "\n"])
 def test_a_file_with_another_header_is_refused_before_anything_is_measured(run, never_timed, tmp_path, text):
     (tmp_path / "other.csv").write_text(text)
     code, out, err = run("--csv", tmp_path / "other.csv")
@@ -427,11 +426,11 @@ def test_a_file_with_another_header_is_refused_before_anything_is_measured(run, 
 
 
 def test_where_rows_come_from():
-    where = bench_rows.provenance(torch.device("cpu"))
-    assert tuple(where) == bench_rows.PROVENANCE and where["torch"] == torch.__version__
+    where = rows.provenance(torch.device("cpu"))
+    assert tuple(where) == rows.PROVENANCE and where["torch"] == torch.__version__
     assert where["driver"] == "" and where["device"].endswith(("thread", "threads"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", where["date"])
-    assert bench_rows.provenance(torch.device("cpu"), "abc")["commit"] == "abc"
+    assert rows.provenance(torch.device("cpu"), "abc")["commit"] == "abc"
     if (ROOT / ".git").exists() and shutil.which("git"):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         assert head.stdout.startswith(where["commit"].removesuffix("-dirty")) and where["commit"]
@@ -443,8 +442,8 @@ def test_a_copy_outside_a_checkout_names_no_commit(monkeypatch, tmp_path):
     subprocess.run([*git, "init", "-q"], check=True)  # a repository around it is not its own
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
     (tmp_path / "site").mkdir()
-    monkeypatch.setattr(bench_rows, "__file__", str(tmp_path / "site" / "dsv4lab" / "bench_rows.py"))
-    assert bench_rows.provenance(torch.device("cpu"))["commit"] == ""
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "site" / "dsv4lab" / "bench" / "rows.py"))
+    assert rows.provenance(torch.device("cpu"))["commit"] == ""
 
 
 # ---- the command
@@ -454,7 +453,7 @@ def test_the_default_run_measures_every_operation(run):
     code, out, err = run("--repeats", 1, "--json")
     report = json.loads(out)
     assert code == 0 and {r["op"] for r in report["results"]} == set(KINDS) and report["repeats"] == 1
-    assert set(report) == {*bench_rows.PROVENANCE, "repeats", "results"}
+    assert set(report) == {*rows.PROVENANCE, "repeats", "results"}
     for r in report["results"]:
         assert set(r) == {
             "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "bytes", "flops", "rotated_bytes",
@@ -478,7 +477,7 @@ def test_the_table_and_the_file(run, tmp_path):
 
 def test_progress_names_the_cases():
     seen = []
-    bench.bench(SMALL[:2], repeats=1, progress=lambda *step: seen.append(step))
+    measure.bench(SMALL[:2], repeats=1, progress=lambda *step: seen.append(step))
     assert seen == [(0, 2, "quantize_tensor 5x48"), (1, 2, "quantize_token 5x48")]
 
 
@@ -489,7 +488,7 @@ def test_help(run):
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_operation_is_captured_and_measured():
-    found = bench.bench([*SMALL, Case("quantize_token", (4096, 4096))], device="cuda", repeats=3)
+    found = measure.bench([*SMALL, Case("quantize_token", (4096, 4096))], device="cuda", repeats=3)
     assert [m.refused for m in found] == [""] * len(found)
     assert all(m.seconds[1] > 0 and m.baseline > 0 and m.rotated > 0 for m in found)
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
@@ -508,5 +507,5 @@ def test_on_a_gpu_a_backend_that_computes_outside_the_graph_is_refused(backend):
 
     name = backend(quantize=remembers)
     case = Case("quantize_token", (16384, 8192))  # one set exceeds the caches, and is run before the capture
-    (found,) = bench.bench([case], name, "cuda", 2)
+    (found,) = measure.bench([case], name, "cuda", 2)
     assert "wrong in" in found.refused

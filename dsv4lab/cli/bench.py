@@ -52,23 +52,23 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dsv4lab import bench, bench_rows
-    from dsv4lab.bench_shapes import select
+    from dsv4lab.bench import measure, rows
+    from dsv4lab.bench.shapes import select
 
     device = _device(args.device)
     cases = select(args.op, args.shapes, args.backend, device)
     if args.csv:
-        bench_rows.check_file(args.csv)  # known before a measurement that may take long
-    where = bench_rows.provenance(device, args.commit)
+        rows.check_file(args.csv)  # known before a measurement that may take long
+    where = rows.provenance(device, args.commit)
     with Progress("measuring") as progress:
-        found = bench.bench(cases, args.backend, device, args.repeats, progress)
+        found = measure.bench(cases, args.backend, device, args.repeats, progress)
     if args.json:
         print_json({**where, "repeats": args.repeats, "results": [m.as_dict() for m in found]})
     else:
         print_report(found, where)
     if args.csv:
-        rows = bench_rows.append(args.csv, found, where)
-        say(f"{args.csv}: {rows} rows added")
+        added = rows.append(args.csv, found, where)
+        say(f"{args.csv}: {added} rows added")
     if refused := [m for m in found if m.refused]:
         first = refused[0]
         raise ValueError(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from .formats import BLOCK, SCALE_DTYPE, NVFP4Tensor
-from .layouts import group_offsets, max_group_rows
-from .quantize import quantize_nvfp4
+from ..formats import BLOCK, SCALE_DTYPE, NVFP4Tensor
+from ..layouts import group_offsets, max_group_rows
+from ..quantize import quantize_nvfp4
 
 EPS, LIMIT, STREAMS = 1e-6, 10.0, 4
 

@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from . import bench_checks as checks
-from . import bench_inputs as inputs
-from .bench_inputs import LIMIT
-from .formats import BLOCK
-from .gemm import grouped_mm, grouped_mm_swiglu
-from .layouts import swizzle_scales
-from .quantize import (
+from ..formats import BLOCK
+from ..gemm import grouped_mm, grouped_mm_swiglu
+from ..layouts import swizzle_scales
+from ..quantize import (
     dequantize_nvfp4,
     mhc_rmsnorm_quantize,
     quantize_nvfp4,
     rmsnorm_quantize,
     swiglu_quantize,
 )
+from . import checks, inputs
+from .inputs import LIMIT
 
 
 @dataclass(frozen=True)

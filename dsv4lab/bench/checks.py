@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import AMAX_FLOOR, BLOCK, E2M1_VALUES, GLOBAL_DIVISOR, NVFP4Tensor, scales_shape
+from ..formats import AMAX_FLOOR, BLOCK, E2M1_VALUES, GLOBAL_DIVISOR, NVFP4Tensor, scales_shape
 
 U_BF16 = 2.0**-8  # rounding to bf16 is off by at most this share of the value
 BF16_ULP = 2.0**-7  # the fused operations' bf16 value is within one of these of float64

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .bench_cases import KINDS, Case
-from .model import ModelConfig
-from .ops import BACKENDS, resolve_backend, unavailable_reason
+from ..model import ModelConfig
+from ..ops import BACKENDS, resolve_backend, unavailable_reason
+from .cases import KINDS, Case
 
 PRESETS = {"nano": ModelConfig.nano, "flash": ModelConfig.flash, "pro": ModelConfig.pro}
 TOKENS = (1, 128)

@@ -15,8 +15,8 @@ import torch
 
 from dsv4lab import __version__
 
-from .bench import Measurement, device_name
-from .device import cutlass_dsl_version
+from ..device import cutlass_dsl_version
+from .measure import Measurement, device_name
 
 MEASURED = (
     "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "baseline", "baseline_us", "bytes", "flops",
@@ -45,7 +45,7 @@ def _driver() -> str:
 
 def _commit() -> str:
     """The commit of the sources, marked where files differ from it; empty outside a checkout of them."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from .bench_cases import Case, tensors
-from .bench_checks import WrongResult
-from .ops import resolve_backend
-from .roofline import floor_seconds
+from ..ops import resolve_backend
+from ..roofline import floor_seconds
+from .cases import Case, tensors
+from .checks import WrongResult
 
 REPEATS = 25
 MAX_SETS = 64
