@@ -29,10 +29,15 @@ class Stack(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A decoded weight, and what it was decoded from."""
+    """A decoded weight, and what it was decoded from.
+
+    The scales are held, so that their address stays theirs: codes may meet other scales later, and a new
+    tensor would stand where the old one was.
+    """
 
     values: Tensor
     mark: tuple
+    scales: Tensor
     scales_version: int | None
 
 
@@ -48,13 +53,13 @@ def decoded_weight(b: Stack) -> Tensor:
     """
     if b.codes.is_inference() or workspace.is_capturing():
         return _decode(b)
-    mark = (b.codes._version, b.scales.data_ptr(), b.layout)
+    mark = (b.codes._version, b.codes.data_ptr(), b.scales.data_ptr(), b.scales.stride(), b.layout)
     # A view of scales that inference mode made counts nothing; who changes weights changes codes as well.
     version = None if b.scales.is_inference() else b.scales._version
     kept = _kept.get(b.codes)
     if kept is None or kept.mark != mark or version not in (None, kept.scales_version):
         with torch.inference_mode(False):
-            kept = _kept[b.codes] = _Kept(_decode(b), mark, version)
+            kept = _kept[b.codes] = _Kept(_decode(b), mark, b.scales, version)
     return kept.values
 
 

@@ -252,6 +252,16 @@ def test_decoded_weights_follow_changes_and_die_with_their_codes():
     assert len(decoded._kept) == kept - 1
 
 
+def test_codes_that_meet_other_scales_are_decoded_anew():
+    a, b = random_nvfp4((4, 48)), random_nvfp4((32, 48), seed=3)
+    for byte in [56, 64, 72, 48] * 50:  # a new tensor each time, which may stand where the last one stood
+        scales = torch.full((32, 3), byte, dtype=torch.uint8).view(E4M3)
+        again = b.with_(block_scales=scales)
+        y = grouped_mm(a, again)
+        assert torch.equal(y, grouped_mm(a, again.with_(codes=b.codes.clone())))
+        del scales, again
+
+
 def test_weights_are_decoded_once_in_inference_mode_too():
     a, b = random_nvfp4((4, 48)), random_nvfp4((32, 48), seed=3)
     want = grouped_mm(a, b)
