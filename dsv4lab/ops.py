@@ -173,8 +173,13 @@ def _as_tuple(results) -> tuple[Tensor, ...]:
 
 
 def _runner(op: Op, form: str) -> Callable:
-    """What the dispatcher calls: choose the backend by the first tensor's device, then run it."""
+    """What the dispatcher calls: choose the backend by the first tensor's device, then run it.
 
+    Without gradients, whatever the inputs ask for: differentiating a reference step by step would treat
+    rounding to codes as a constant, and give numbers that look like a gradient and are none.
+    """
+
+    @torch.no_grad()
     def run(*args, backend: str | None = None):
         device = next(a.device for a in args if isinstance(a, Tensor))
         return getattr(op.implementations[resolve_backend(backend, device, op.name)], form)(*args)

@@ -17,7 +17,7 @@ from dsv4lab import formats
 from dsv4lab.formats import BLOCK, E2M1_MAX, E4M3_MAX, SCALE_DTYPE
 
 NAN = math.nan
-# Smallest fp32 number: stands in for 6 g where g is 0, so that a zero block has scale 0, not 0 / 0.
+# Smallest fp32 number: stands in for 6 g where g is 0, so that a zero block has scale 0, not that of 0 / 0.
 _SUBNORMAL = 2.0**-149
 
 
@@ -30,7 +30,9 @@ def quantize(
     g = runtime_scale(amax, granularity, divisor) if global_scale is None else checked_scale(global_scale)
     rows_g = row_scales(g, granularity, x.shape[:-1])
     divisors = (rows_g * E2M1_MAX).clamp_min(_SUBNORMAL)
-    scales = (amax / divisors).clamp_max(E4M3_MAX).to(SCALE_DTYPE)
+    # The stand-in is no small divisor for a subnormal amax, whose quotient by 0 is Inf like any other's.
+    quotients = (amax / divisors).masked_fill_((rows_g == 0) & (amax > 0), E4M3_MAX)
+    scales = quotients.clamp_max_(E4M3_MAX).to(SCALE_DTYPE)
     # r = 1 / (s g), 0 where s g is 0, and NaN for the blocks that must decode to NaN
     r = (scales.float() * rows_g).reciprocal_().nan_to_num_(NAN, 0.0, 0.0)
     codes = encode_e2m1((x.unflatten(-1, (-1, BLOCK)) * r.unsqueeze(-1)).nan_to_num_(0.0)).flatten(-2)

@@ -676,6 +676,22 @@ def test_layer_inputs_that_need_a_gradient_are_taken():
     assert torch.equal(quantize_nvfp4(x).codes, quantize_nvfp4(x.detach()).codes)
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered:UserWarning")
+def test_no_false_gradient_flows_through_the_codes():
+    x = torch.randn(2, 32, requires_grad=True)
+    t = quantize_nvfp4(x, "token")
+    (dequantize_nvfp4(t, torch.float32).sum() + t.global_scale.sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # of the last term alone
+
+
+def test_scale_zero_saturates_the_blocks_of_subnormals_too():
+    x = torch.tensor([2.0**-149, 300 * 2.0**-149, 2.0**-127, 1.0, 0.0, math.nan])[:, None].expand(6, 16)
+    for g in (0.0, torch.zeros(6)):
+        t = quantize_nvfp4(x, g)
+        assert t.block_scales.view(torch.uint8).flatten().tolist() == [0x7E] * 4 + [0, NAN_SCALE]
+        assert torch.equal(dequantize_nvfp4(t).float()[:5], torch.zeros(5, 16)) and not t.codes.any()
+
+
 # ---------------------------------------------------------------- torch.library
 
 
