@@ -207,7 +207,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     gate, up = gate.float().nan_to_num(NAN, NAN, NAN), up.float().nan_to_num(NAN, NAN, NAN)
     if limit is not None:
         gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
-    return F.silu(gate).mul_(up).to(torch.bfloat16)
+    # sigmoid(gate) from e = exp(-|gate| / 2), which goes into both factors: exp(-gate) is Inf below -88,
+    # where the product is still a number that bf16 can hold.
+    e = gate.abs().mul_(-0.5).exp_()
+    numerator = torch.where(gate < 0, e, 1.0)
+    return (gate * (numerator / (1 + e * e))).mul_(numerator * up).to(torch.bfloat16)
 
 
 def swiglu_quantize(

@@ -613,6 +613,18 @@ def test_swiglu_is_within_one_bf16_ulp_and_exact_from_there(limit):
         assert torch.equal(quantize.swiglu_quantize(runs, limit, policy, interleaved=True).codes, t.codes)
 
 
+@pytest.mark.parametrize("up", [10.0, -1.0, 2.0**100])
+def test_swiglu_of_every_bf16_gate(up):
+    """Below -88, exp(-gate) exceeds fp32, but the product does not yet fall below bf16."""
+    gate = every_bf16()
+    gate = gate[gate.isfinite() & (gate < 1e8)]
+    g64 = gate.double()
+    h64 = g64 * torch.exp(g64.clamp(max=0)) / (1 + torch.exp(-g64.abs())) * up
+    h = reference.swiglu(gate, torch.full_like(gate, up), None)
+    assert ((h.double() - h64).abs() <= bf16_ulp(h64)).all()
+    assert torch.equal(h.signbit(), gate.signbit() ^ (up < 0))
+
+
 def test_swiglu_clamps_the_gate_from_above_only():
     """silu(-20) is -4e-8, silu(-10) is -4.5e-4: a gate clamped below would show."""
     h = reference.swiglu(torch.tensor([-20.0, 20.0]), torch.tensor([-50.0, 50.0]), 10.0)
