@@ -154,7 +154,7 @@ def scale_granularity(lead: tuple[int, ...], g: tuple[int, ...], granularity: st
         "tensor": g == (),
         "token": g in (lead, (*lead, 1)),
         # a matrix may be the padded rows of any number of groups; otherwise groups are the first dimension
-        "group": len(g) in (1, 2) and (len(g) == 1 or g[1] == 2) and (len(lead) == 1 or g[0] == lead[0]),
+        "group": len(g) in (1, 2) and (len(g) == 1 or g[1] == 2) and (len(lead) == 1 or g[:1] == lead[:1]),
     }
     if granularity is not None and granularity not in fits:
         raise ValueError(f"granularity must be 'tensor', 'token' or 'group', got {granularity!r}")

@@ -82,6 +82,8 @@ def mhc_rmsnorm_quantize(
     check_data("streams", streams, check_finite)
     if streams.dim() < 2 or not 1 <= streams.shape[-2] <= 4:
         raise ValueError(f"streams must be (..., n_hc, H) with n_hc in 1..4, got {tuple(streams.shape)}")
+    if not isinstance(mix, Tensor):
+        raise TypeError(f"mix must be a tensor, got {type(mix).__name__}")
     if mix.shape != streams.shape[:-1] or mix.device != streams.device or not mix.is_floating_point():
         raise ValueError(
             f"mix must be floating {tuple(streams.shape[:-1])} on {streams.device}, "

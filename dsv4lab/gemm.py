@@ -10,6 +10,7 @@ from .decoded import Stack
 from .formats import BLOCK, SCALE_DTYPE, NVFP4Tensor, scales_shape
 from .gemm_arguments import check_out, known_scale, matrix, operands
 from .ops import register_op
+from .policies import check_limit
 
 _OPERANDS = (
     "Tensor a, Tensor? a_scales, Tensor? a_global, str a_layout, str a_granularity, "
@@ -48,7 +49,7 @@ def grouped_mm(
     shape = (flat[0].shape[0], matrix(b)[1])
     if out is None:
         return GROUPED_MM(*flat, backend=backend).view(*lead, shape[1])
-    check_out(out, shape, lead)
+    check_out(out, shape, lead, b.device)
     GROUPED_MM.out(*flat, outs=(out,), backend=backend)
     return out[: shape[0]]
 
@@ -87,8 +88,7 @@ def grouped_mm_swiglu(
     flat, lead = operands(a, b, offsets, sizes)
     if not b.interleaved:
         raise ValueError("b must be interleaved (see interleave_gate_up), got gate and up rows as halves")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit must be positive or None, got {limit}")
+    limit = None if limit is None else check_limit(limit)
     if output not in ("bf16", "nvfp4"):
         raise ValueError(f'output must be "bf16" or "nvfp4", got {output!r}')
     shape = (flat[0].shape[0], matrix(b)[1] // 2)
@@ -99,7 +99,7 @@ def grouped_mm_swiglu(
         raise ValueError('global_scale is for output="nvfp4", got one for "bf16"')
     if out is None:
         return GROUPED_MM_SWIGLU(*flat, limit, backend=backend).view(*lead, shape[1])
-    check_out(out, shape, lead)
+    check_out(out, shape, lead, b.device)
     GROUPED_MM_SWIGLU.out(*flat, limit, outs=(out,), backend=backend)
     return out[: shape[0]]
 
@@ -117,6 +117,8 @@ def _swiglu_nvfp4(flat, shape, lead, limit, g, scale_layout, backend, out) -> NV
         return NVFP4Tensor(codes, scales, g, scale_layout, "tensor")
     if not isinstance(out, NVFP4Tensor):
         raise TypeError(f"out must be an NVFP4Tensor for output='nvfp4', got {type(out).__name__}")
+    if out.device != g.device:
+        raise ValueError(f"out is on {out.device}, but b is on {g.device}")
     if out.scale_layout != scale_layout or out.granularity != "tensor":
         raise ValueError(
             f"out must be {scale_layout} with one global scale, got {out.scale_layout}, {out.granularity}"

@@ -103,9 +103,11 @@ def _check_groups(a, groups: int, offsets: Tensor | None, sizes: Tensor | None) 
         )
 
 
-def check_out(out: Tensor, shape: tuple[int, int], lead: tuple[int, ...]) -> None:
+def check_out(out: Tensor, shape: tuple[int, int], lead: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a bf16 tensor, got {type(out).__name__}")
+    if out.device != device:
+        raise ValueError(f"out is on {out.device}, but b is on {device}")
     if len(lead) != 1:
         raise ValueError(f"out needs a of shape (rows, K), got leading dimensions {lead}")
     if out.dtype != torch.bfloat16:

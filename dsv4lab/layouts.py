@@ -96,6 +96,9 @@ def from_k_packed(codes: Tensor, scales: Tensor, global_scale: Tensor) -> NVFP4T
     Returns:
         NVFP4Tensor (N, K) or (G, N, K), linear scales.
     """
+    for name, part in (("codes", codes), ("scales", scales), ("global_scale", global_scale)):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
     for name, part in (("codes", codes), ("scales", scales)):
         if part.dim() not in (2, 3):
             raise ValueError(f"{name} must have 2 or 3 dimensions, got shape {tuple(part.shape)}")
@@ -212,8 +215,10 @@ def _check_groups(name: str, counts: Tensor) -> None:
 def _with_out(op, args, shape, out, backend):
     if out is None:
         return op(*args, backend=backend)
-    if out.dtype != args[0].dtype:
-        raise TypeError(f"out must be {args[0].dtype}, got {out.dtype}")
+    if not isinstance(out, Tensor) or out.dtype != args[0].dtype:
+        raise TypeError(f"out must be a {args[0].dtype} tensor, got {getattr(out, 'dtype', type(out))}")
+    if out.device != args[0].device:
+        raise ValueError(f"out must be on {args[0].device} like the scales, got {out.device}")
     result = first_rows(out, shape)
     op.out(*args, outs=(out,), backend=backend)
     return result

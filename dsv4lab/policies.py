@@ -56,14 +56,14 @@ def known_scale(g: float) -> float:
 
 def check_divisor(divisor: float) -> float:
     """The divisor itself; at most 1e22, so that 1e-8 / divisor, the least runtime scale, is in range."""
-    if not 0 < divisor <= 1e22:
-        raise ValueError(f"divisor must be positive and at most 1e22, got {divisor!r}")
+    if not isinstance(divisor, int | float) or not 0 < divisor <= 1e22:
+        raise ValueError(f"divisor must be a positive number of at most 1e22, got {divisor!r}")
     return float(divisor)
 
 
 def check_limit(limit: float) -> float:
     """The SwiGLU limit itself, positive and finite."""
-    if not (math.isfinite(limit) and limit > 0):
+    if not (isinstance(limit, int | float) and math.isfinite(limit) and limit > 0):
         raise ValueError(f"limit must be a positive number, got {limit!r}")
     return float(limit)
 

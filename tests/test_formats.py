@@ -63,6 +63,7 @@ def test_range_of_g_keeps_every_step_normal():
         ((3, 2), (3, 2), "token"),
         ((2, 3, 4), (2, 3, 4), "token"),
         ((), (), "tensor"),
+        ((), (1,), "token"),
     ],
 )
 def test_granularity_is_inferred(lead, g, expected):
@@ -74,6 +75,8 @@ def test_stated_granularity_wins_where_shapes_agree_with_it():
     assert make((4,), g=(4,), granularity="group").granularity == "group"
     with pytest.raises(ValueError, match="does not fit granularity 'token'"):
         make((4,), g=(3,), granularity="token")
+    with pytest.raises(ValueError, match="does not fit any granularity"):
+        make((), g=(3,))
 
 
 def test_shapes_and_sizes():

@@ -345,6 +345,7 @@ def grouped_activation(n):
         ({"offsets": torch.tensor([128, 384], dtype=torch.int32)}, ValueError, "got 384 after 128"),
         ({"out": torch.empty(256, 32)}, TypeError, "out must be bf16, got torch.float32"),
         ({"out": torch.empty(255, 32, dtype=torch.bfloat16)}, ValueError, r"out must .* \(256, 32\)"),
+        ({"out": torch.empty(256, 32, dtype=torch.bfloat16, device="meta")}, ValueError, "out is on meta"),
         ({"backend": "hopper"}, ValueError, "hopper.*cannot run grouped_mm on cpu"),
         ({"a": random_nvfp4((256, 48)).to("meta")}, ValueError, "a is on meta, but b is on cpu"),
     ],
@@ -359,8 +360,8 @@ def test_bad_arguments_are_named(change, error, words):
     ("change", "error", "words"),
     [
         ({"b": GOOD["b"]}, ValueError, "b must be interleaved"),
-        ({"limit": 0}, ValueError, "limit must be positive or None, got 0"),
-        ({"limit": float("nan")}, ValueError, "limit must be positive or None, got nan"),
+        ({"limit": 0}, ValueError, "limit must be a positive number, got 0"),
+        ({"limit": float("nan")}, ValueError, "limit must be a positive number, got nan"),
         ({"output": "fp8"}, ValueError, "output must be .* got 'fp8'"),
         ({"global_scale": 1.0}, ValueError, 'global_scale is for output="nvfp4"'),
         ({"output": "nvfp4", "limit": None}, ValueError, "global_scale is needed"),
@@ -369,6 +370,8 @@ def test_bad_arguments_are_named(change, error, words):
         ({"output": "nvfp4", "scale_layout": "odd"}, ValueError, "scale_layout must be"),
         ({"output": "nvfp4", "b": PAIRS}, ValueError, "I % 16 == 0 .* I = 8"),
         ({"output": "nvfp4", "out": torch.empty(1)}, TypeError, "out must be an NVFP4Tensor"),
+        ({"output": "nvfp4", "out": random_nvfp4((256, 16)).to("meta")}, ValueError, "out is on meta, but"),
+        ({"limit": float("inf")}, ValueError, "limit must be a positive number, got inf"),
     ],
 )  # fmt: skip
 def test_bad_swiglu_arguments_are_named(change, error, words):

@@ -129,6 +129,36 @@ def test_hash_router_looks_tokens_up():
         layer(seeded(3, 16), ids[0, :2])
 
 
+@pytest.mark.parametrize(
+    ("ids", "error", "words"),
+    [
+        (torch.tensor([0, 1, -1]), ValueError, "token_ids must lie within 0 and 9, got -1"),  # not the last
+        (torch.tensor([0, 10, 1]), ValueError, "token_ids must lie within 0 and 9, got 10"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, "token_ids must be .* got torch.float32"),
+        (torch.tensor([True, False, True]), TypeError, "token_ids must be .* got torch.bool"),
+        (torch.tensor([0, 1, 2], dtype=torch.uint8), TypeError, "token_ids must be .* got torch.uint8"),
+        (torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "token_ids is on meta, but"),
+    ],
+)
+def test_token_ids_that_no_table_has_are_refused(ids, error, words):
+    layer = frozen(Router(16, 6, 2, vocab_size=10))
+    assert torch.equal(layer(seeded(3, 16), torch.tensor([9, 0, 1]).int())[1], layer.tid2eid[[9, 0, 1]])
+    with pytest.raises(error, match=words):
+        layer(seeded(3, 16), ids)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("expert", [-1, 6])
+def test_experts_that_do_not_exist_are_refused(expert, quantized):
+    """Their rows would stand in no group, and whatever is in memory there would be the result."""
+    layer, weights = frozen(Experts(6, 32, 16)), torch.ones(2, 2)
+    layer = quantize_model_(layer) if quantized else layer
+    with pytest.raises(ValueError, match=f"chosen must lie within 0 and 5, got {expert}"):
+        layer(seeded(2, 32), weights, torch.tensor([[0, 1], [expert, 2]]))
+    with pytest.raises(TypeError, match=r"chosen must be .* got torch\.float32"):
+        layer(seeded(2, 32), weights, weights)
+
+
 def test_all_scores_underflowing_give_no_nan():
     layer = Router(16, 5, 2).requires_grad_(False)
     layer.weight.fill_(-100.0)
@@ -254,6 +284,7 @@ def test_static_and_bound_refuse_without_their_scale():
         (lambda m: setattr(m, "activation_scale", "group"), ValueError, "activation_scale must be"),
         (lambda m: setattr(m, "activation_dtype", "fp8"), ValueError, "activation_dtype .* got 'fp8'"),
         (lambda m: m.quantize_(), RuntimeError, "quantized already"),
+        (lambda m: Router(16, 4, 2)(seeded(2, 3, 16)), ValueError, r"x must be \(T, 16\), got \(2, 3, 16\)"),
         (lambda m: Router(16, 4, 5), ValueError, "top_k must lie within 1 and experts = 4, got 5"),
         (lambda m: Experts(4, 16, 16, route_weight="both"), ValueError, "route_weight must be .* got 'both'"),
     ],

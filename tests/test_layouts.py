@@ -228,6 +228,12 @@ def test_max_group_rows_by_hand():
         (lambda: swizzle_scales(torch.ones(4, 4)), TypeError, "scales must be float8_e4m3fn or uint8"),
         (lambda: swizzle_scales(torch.ones(4).byte()), ValueError, "2 or 3 dimensions"),
         (lambda: unswizzle_scales(torch.ones(128, 4).byte(), 129, 4), ValueError, r"must be \(256, 4\)"),
+        (
+            lambda: swizzle_scales(torch.ones(4, 4).byte(), out=torch.ones(128, 4).byte().to("meta")),
+            ValueError,
+            "out must be on cpu like the scales, got meta",
+        ),
+        (lambda: layouts.from_k_packed(None, None, None), TypeError, "codes must be a tensor, got NoneType"),
         (lambda: interleave_gate_up(torch.ones(24, 4)), ValueError, "multiple of 8 rows each, got 24"),
         (lambda: interleave_gate_up(torch.ones(16), dim=1), ValueError, "dim 1 is out of range"),
         (lambda: interleave_gate_up(gate_up_weight()[1], dim=0), ValueError, "dim must be -2"),

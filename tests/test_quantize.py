@@ -662,6 +662,13 @@ def test_swiglu_clamps_the_gate_from_above_only():
         (lambda: quantize.swiglu_quantize(torch.ones(2, 48)), ValueError, "I % 16"),
         (lambda: quantize.swiglu_quantize(torch.ones(2, 64), -1.0), ValueError, "limit"),
         (lambda: quantize.bound_global_scale(math.inf), ValueError, "limit"),
+        (lambda: quantize.bound_global_scale("a"), ValueError, "limit must be a positive number, got 'a'"),
+        (lambda: quantize_nvfp4(torch.ones(2, 16), divisor="a"), ValueError, "divisor must be .* got 'a'"),
+        (
+            lambda: quantize.mhc_rmsnorm_quantize(torch.ones(2, 4, 16), None, torch.ones(16), 0.0),
+            TypeError,
+            "mix must be a tensor, got NoneType",
+        ),
         (
             lambda: quantize.mhc_rmsnorm_quantize(
                 torch.ones(2, 5, 16), torch.ones(2, 5), torch.ones(16), 0.0

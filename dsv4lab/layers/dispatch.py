@@ -27,6 +27,20 @@ class Route(NamedTuple):
     copies: int
 
 
+def check_ids(name: str, ids: Tensor, count: int) -> None:
+    """Raise unless ids are integers within 0 .. count - 1; their values are looked at on the CPU only."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{name} must be an int32 or int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
+        )
+    known = type(ids) is Tensor and ids.is_cpu and not torch.compiler.is_compiling()
+    if not known or not ids.numel():
+        return
+    low, high = (end.item() for end in torch.aminmax(ids))
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must lie within 0 and {count - 1}, got {low if low < 0 else high}")
+
+
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Copies in the order of their experts, earlier tokens first: (order (T k,) int64, ends (E,) int32)."""
     by_expert, order = torch.sort(chosen.flatten(), stable=True)

@@ -10,7 +10,7 @@ from ..formats import NVFP4Tensor
 from ..gemm import grouped_mm
 from . import expert_math
 from .activation import QuantizedInput
-from .dispatch import Route, combine, dispatch, place
+from .dispatch import Route, check_ids, combine, dispatch, place
 from .shared_expert import fused_swiglu, swiglu, swiglu_bound
 from .weights import check_activation
 
@@ -68,6 +68,10 @@ class Experts(nn.Module):
 
         Returns:
             (T, H) float32, as accumulated.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or chosen names an expert that
+                does not exist (seen on the CPU only).
         """
         check_activation("x", x, self.hidden)
         if len(x.shape) != 2:
@@ -77,6 +81,7 @@ class Experts(nn.Module):
                 f"weights and chosen must be ({x.shape[0]}, k) both, "
                 f"got {tuple(weights.shape)} and {tuple(chosen.shape)}"
             )
+        check_ids("chosen", chosen, self.experts)
         if self.w13.quantized != self.w2.quantized:
             raise RuntimeError("w13 and w2 must be quantized both or neither")
         if not self.w13.quantized:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..formats import NVFP4Tensor
 from ..gemm import grouped_mm
 from .activation import QuantizedInput
+from .dispatch import check_ids
 from .weights import check_activation
 
 
@@ -49,15 +50,19 @@ class Router(QuantizedInput):
 
         Args:
             x: (T, H) bf16, float32 or NVFP4.
-            token_ids: (T,) integer, needed by a hash layer, unused by others.
+            token_ids: (T,) int32 or int64, needed by a hash layer, unused by others.
 
         Returns:
             Weights (T, k) float32 and expert ids (T, k) int64.
 
         Raises:
-            ValueError: a hash layer without token ids, or with a count of them other than T.
+            ValueError: x is not (T, H); a hash layer has no token ids, a count of them other than T, or one
+                outside its table (seen on the CPU only).
+            TypeError: x or the token ids have another dtype.
         """
         check_activation("x", x, self.hidden)
+        if len(x.shape) != 2:
+            raise ValueError(f"x must be (T, {self.hidden}), got {tuple(x.shape)}")
         scores = F.softplus(self._logits(x)).sqrt()
         if self.tid2eid is None:
             chosen = torch.topk(scores + self.bias, self.top_k, dim=-1).indices
@@ -75,6 +80,9 @@ class Router(QuantizedInput):
     def _by_token(self, token_ids: Tensor | None, tokens: int) -> Tensor:
         if token_ids is None:
             raise ValueError("token_ids is needed: this layer routes by token id")
+        check_ids("token_ids", token_ids, self.tid2eid.shape[0])
+        if token_ids.device != self.tid2eid.device:
+            raise ValueError(f"token_ids is on {token_ids.device}, but the layer is on {self.tid2eid.device}")
         if token_ids.numel() != tokens:
             raise ValueError(f"token_ids must hold {tokens} ids, one a token, got {tuple(token_ids.shape)}")
         return self.tid2eid[token_ids.reshape(-1)]
