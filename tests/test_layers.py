@@ -147,6 +147,16 @@ def test_token_ids_that_no_table_has_are_refused(ids, error, words):
         layer(seeded(3, 16), ids)
 
 
+def test_codes_load_as_float4_too_and_integers_do_not():
+    state = quantized_linear().state_dict()
+    codes = state["weight"]
+    for layer in (Linear(80, 48), quantized_linear()):
+        layer.load_state_dict({**state, "weight": codes.view(torch.float4_e2m1fn_x2)})
+        assert layer.weight.dtype == torch.uint8 and torch.equal(layer.weight, codes)
+        with pytest.raises(TypeError, match=r"weight must be .* got torch\.int32"):
+            layer.load_state_dict({**state, "weight": codes.int()})
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("expert", [-1, 6])
 def test_experts_that_do_not_exist_are_refused(expert, quantized):

@@ -167,7 +167,11 @@ class Weight(KeepsFloat32):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype == torch.float4_e2m1fn_x2:
+            weight = state_dict[prefix + "weight"] = weight.view(torch.uint8)
         if weight is not None:
+            if weight.dtype != torch.uint8 and not weight.is_floating_point():
+                raise TypeError(f"{prefix}weight must be floating point, or uint8 codes, got {weight.dtype}")
             if weight.dtype == torch.uint8 and not self.quantized:
                 self._hold(self._empty_nvfp4())
             if weight.is_floating_point():
