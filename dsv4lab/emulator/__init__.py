@@ -6,13 +6,14 @@ executor that runs PTX yet. See `device`.
 
 from __future__ import annotations
 
-from dsv4lab.emulator.driver import Device, Launch, device
+from dsv4lab.emulator.driver import Device, device
 from dsv4lab.emulator.errors import (
     AddressError,
     EmulatorError,
     MachineMissingError,
     UnsupportedRuntimeCall,
 )
+from dsv4lab.emulator.launch import Launch
 from dsv4lab.emulator.modules import Module
 
 __all__ = [

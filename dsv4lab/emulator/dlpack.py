@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4lab.emulator.memory import strided_nbytes
+from dsv4lab.emulator.extents import strided_nbytes
 
 # DLDeviceType of dlpack.h.
 _CPU, _CUDA, _CUDA_HOST = 1, 2, 3

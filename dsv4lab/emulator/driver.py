@@ -8,60 +8,21 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from dsv4lab.emulator import shim
-from dsv4lab.emulator.architectures import SHARED_OPTIN, Architecture, architecture
+from dsv4lab.emulator.architectures import architecture
 from dsv4lab.emulator.errors import EmulatorError, MachineMissingError, UnsupportedRuntimeCall
-from dsv4lab.emulator.memory import Extent, Location, Memory
+from dsv4lab.emulator.extents import Extent, Location
+from dsv4lab.emulator.launch import Launch, check_configuration, launch_attribute
+from dsv4lab.emulator.memory import Memory
 from dsv4lab.emulator.modules import Module
 
-# cudaLaunchAttributeID of driver_types.h: name, and how many 32-bit words of the 16 its value has.
-_LAUNCH_ATTRIBUTES = {
-    2: ("cooperative", 1),
-    4: ("cluster_dimension", 3),
-    5: ("cluster_scheduling_policy", 1),
-    6: ("programmatic_stream_serialization", 1),
-    8: ("priority", 1),
-    11: ("preferred_cluster_dimension", 3),
-    14: ("preferred_shared_memory_carveout", 1),
-}
 # CUfunction_attribute of cuda.h.
 _MAX_THREADS_PER_BLOCK = 0
 _STATIC_SHARED_BYTES = 1
-
-Dim3 = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, as the host code asked for it.
-
-    Args:
-        kernel: mangled name, an `.entry` of the module's PTX.
-        module: what was compiled.
-        grid: CTAs in x, y and z.
-        block: threads of a CTA in x, y and z.
-        cluster: CTAs of a cluster in x, y and z.
-        shared_bytes: dynamic shared memory of a CTA.
-        parameters: the bytes of each kernel parameter, in the order of the `.param` declarations.
-        stream: handle of the stream, 0 for the default one.
-        attributes: (name, 32-bit words of the value) of each launch attribute, in the order given.
-    """
-
-    kernel: str
-    module: Module
-    grid: Dim3
-    block: Dim3
-    cluster: Dim3
-    shared_bytes: int
-    parameters: tuple[bytes, ...] = field(repr=False)
-    stream: int = 0
-    attributes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-
 
 Executor = Callable[[Launch], None]
 
@@ -85,16 +46,13 @@ class _Host:
         self._library = next(self._handles)
         self._kernels: dict[int, str] = {}
 
-    def check(self) -> None:
-        """Raise unless the device that this was compiled for is the one in use."""
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run host code, if the device that it was compiled for is the one in use."""
         if not self.device.active:
             raise EmulatorError(
                 f"{self.name} was compiled inside device({self.device.arch.name!r}), which has been left: "
                 "a kernel compiled for the emulator runs only there; compile it anew where it shall run"
             )
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self.check()
         return shim.call(self, function, *arguments)
 
     def library(self) -> int:
@@ -116,7 +74,7 @@ class _Host:
 
     def kernel_attribute(self, kernel: int, number: int) -> int:
         if number == _STATIC_SHARED_BYTES:
-            return self.module.static_shared
+            return self.module.static_shared[self._kernels[kernel]]
         if number == _MAX_THREADS_PER_BLOCK:
             return self.device.arch.attributes[1]
         raise UnsupportedRuntimeCall(f"attribute {number} of kernel {self._kernels[kernel]} is not known")
@@ -124,7 +82,7 @@ class _Host:
     def launch(self, kernel: int, config: shim.LaunchConfig, arguments: Any) -> None:
         name = self._kernels[kernel]
         sizes = self.module.parameter_sizes[name]
-        attributes = tuple(_attribute(config.attributes[i]) for i in range(config.attribute_count))
+        attributes = tuple(launch_attribute(config.attributes[i]) for i in range(config.attribute_count))
         launch = Launch(
             kernel=name,
             module=self.module,
@@ -137,33 +95,6 @@ class _Host:
             attributes=attributes,
         )
         self.device.launch(launch)
-
-
-def _attribute(attribute: shim.LaunchAttribute) -> tuple[str, tuple[int, ...]]:
-    name, words = _LAUNCH_ATTRIBUTES.get(attribute.id, (f"attribute {attribute.id}", 16))
-    # The rest of the union is whatever lay on the host code's stack.
-    return name, tuple(attribute.value[:words])
-
-
-def check_configuration(launch: Launch, arch: Architecture) -> None:
-    """Raise EmulatorError for a launch that the GPU would refuse."""
-    limits = arch.attributes
-
-    def refuse(what: str) -> None:
-        raise EmulatorError(f"launch of {launch.kernel} on {arch.name}: {what}")
-
-    for name, size, first in (("grid", launch.grid, 5), ("block", launch.block, 2)):
-        most = tuple(limits[first + axis] for axis in range(3))
-        if any(not 1 <= n <= limit for n, limit in zip(size, most, strict=True)):
-            refuse(f"{name} must be between (1, 1, 1) and {most}, got {size}")
-    threads = launch.block[0] * launch.block[1] * launch.block[2]
-    if threads > limits[1]:
-        refuse(f"a block has at most {limits[1]} threads, got {launch.block}, which is {threads}")
-    if any(n % c for n, c in zip(launch.grid, launch.cluster, strict=True)):
-        refuse(f"grid must be a multiple of cluster {launch.cluster}, got {launch.grid}")
-    shared = launch.shared_bytes + launch.module.static_shared
-    if shared > limits[SHARED_OPTIN]:
-        refuse(f"a block has at most {limits[SHARED_OPTIN]} bytes of shared memory, got {shared}")
 
 
 class Device:

@@ -34,10 +34,6 @@ class EmulatedExecutor(JitExecutor):
 
     host: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> int | None:
-        self.host.check()
-        return super().__call__(*args, **kwargs)
-
     def run_compiled_program(self, exe_args: list[Any]) -> int | None:
         return self.host.run(_run, self, exe_args)
 
@@ -47,10 +43,6 @@ class EmulatedFunction(CudaDialectJitCompiledFunction):
 
     num_devices = 1
     host: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> int | None:
-        self.host.check()
-        return super().__call__(*args, **kwargs)
 
     def _load_cuda_library(self) -> list[Any]:
         self.host.run(_load, self)
@@ -145,7 +137,7 @@ def _building(original: Callable[..., Any], device: Device, dump_dir: str) -> Ca
     @functools.wraps(original)
     def build(func_type: Any, module: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         if func_type is not CudaDialectJitCompiledFunction:
-            raise UnsupportedRuntimeCall("the emulator runs no functions of TVM-FFI: do not enable it")
+            raise EmulatorError("the emulator runs no functions of TVM-FFI: do not enable it")
         function = original(EmulatedFunction, module, engine, *args, **kwargs)
         compiled = None
         if function.has_gpu_module:
@@ -153,6 +145,8 @@ def _building(original: Callable[..., Any], device: Device, dump_dir: str) -> Ca
                 raise EmulatorError(
                     f"{function.function_name} was compiled for another architecture than {device.arch.name}"
                 )
+            if not getattr(engine, "linked", False):
+                raise EmulatorError("CuTe DSL made a JIT engine in a way that the emulator does not know")
             compiled = Module(function.function_name, device.arch.name, str(function.artifacts.PTX))
         function.host = device.host(function.function_name, compiled)
         _forget_artifacts(dump_dir)

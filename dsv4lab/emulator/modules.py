@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from dsv4lab.emulator.errors import EmulatorError
 
+_NAME = re.compile(r"[\w$%]+")
 _ENTRY = re.compile(r"\.entry\s+([\w$%]+)\s*\(([^)]*)\)")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([bsuf])(\d+)\b[^,\[]*(?:\[(\d+)\])?")
-_STATIC_SHARED = re.compile(r"^\s*\.shared\s+.*?\.[bsuf](\d+)\s+[\w$%]+(?:\[(\d+)\])?\s*;", re.MULTILINE)
+# An `.extern .shared` array is the dynamic part and does not begin its line with `.shared`.
+_SHARED = re.compile(r"^\s*\.shared\s+.*?\.[bsuf](\d+)\s+([\w$%]+)(?:\[(\d+)\])?\s*;", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Module:
     ptx: str = field(repr=False)
     digest: str = field(init=False)
     parameter_sizes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    static_shared: int = field(init=False, repr=False, compare=False)
+    static_shared: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if ".version" not in self.ptx or ".target" not in self.ptx:
@@ -56,7 +58,14 @@ def parameter_sizes(ptx: str) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def static_shared_bytes(ptx: str) -> int:
-    """Bytes of statically declared shared memory; an `.extern` array is dynamic and counts nothing."""
-    lines = "\n".join(line for line in ptx.splitlines() if ".extern" not in line)
-    return sum(int(bits) // 8 * int(count or 1) for bits, count in _STATIC_SHARED.findall(lines))
+def static_shared_bytes(ptx: str) -> dict[str, int]:
+    """Bytes of statically declared shared memory by kernel: of the variables that its body names."""
+    variables = {name: int(bits) // 8 * int(count or 1) for bits, name, count in _SHARED.findall(ptx)}
+    starts = list(_ENTRY.finditer(ptx))
+    ends = [entry.start() for entry in starts[1:]] + [len(ptx)]
+    names = {
+        entry[1]: set(_NAME.findall(ptx, entry.end(), end)) for entry, end in zip(starts, ends, strict=True)
+    }
+    return {
+        kernel: sum(variables[name] for name in used & variables.keys()) for kernel, used in names.items()
+    }

@@ -180,3 +180,4 @@ def link(engine: Any, module: Any) -> None:
         if name.startswith("_cu"):
             function = _ANSWERS.get(name) or _refusal(name)
             engine.raw_register_runtime(name, ctypes.cast(function, ctypes.c_void_p))
+    engine.linked = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import cutlass
@@ -22,6 +24,7 @@ from cutlass.utils import HardwareInfo
 from nbclient import NotebookClient
 
 from dsv4lab.emulator import EmulatorError, MachineMissingError, UnsupportedRuntimeCall, device
+from dsv4lab.emulator.architectures import ARCHITECTURES
 
 BOTH = pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 
@@ -94,6 +97,18 @@ def test_compiled_functions_take_torch_tensors_themselves(kernels):
         # What the DSL made of them was lent for the call.
         assert not gpu.memory.registry.extents()
     assert torch.equal(c, a + b)
+
+
+def test_tensors_are_taken_back_on_leaving():
+    with device("sm_100a") as gpu:
+        x, y = gpu.empty(3), torch.zeros(3)
+        gpu.register(y)
+        lent = from_dlpack(y)
+        assert len(gpu.memory.registry.extents()) == 3
+        gpu.release(x)
+        assert len(gpu.memory.registry.extents()) == 2
+    assert not gpu.memory.registry.extents()
+    del lent
 
 
 def test_host_code_without_a_kernel_runs(kernels, capfd):
@@ -242,16 +257,17 @@ def test_kernels_for_a_gpu_and_for_the_emulator_do_not_meet(kernels):
     """Whichever library the process has loaded: a first call outside loads NVIDIA's for good."""
     outside = cute.compile(kernels.nothing)
     run_for_real(outside)
-    executor = None
-    if torch.cuda.is_available():
-        executor = outside.to(0)
-    with device("sm_100a", record) as gpu:
+    run_for_real(kernels.nothing)  # leaves what it compiled in the DSL's cache
+    executor = outside.to(0) if torch.cuda.is_available() else None
+    arch = CuTeDSL._get_dsl().envar.arch
+    with device(arch if arch in ARCHITECTURES else "sm_100a", record) as gpu:
         kernels.nothing()
         assert len(gpu.launches) == 1
         for function in filter(None, (outside, executor)):
             with pytest.raises(EmulatorError, match="not compiled inside this"):
                 function()
     run_for_real(outside)
+    run_for_real(kernels.nothing)
     run_for_real(cute.compile(kernels.nothing))
     assert len(gpu.launches) == 1
 
@@ -266,7 +282,7 @@ def state_of_the_dsl() -> dict:
         "own": set(vars(dsl)),
         "provider": set(vars(dsl.compiler_provider)),
         "libraries": dsl.get_shared_libs(),
-        "cached": len(dsl.jit_cache.cache_dict) if hasattr(dsl.jit_cache, "cache_dict") else None,
+        "cached": list(dsl.jit_cache._dict),
         "run": JitExecutor.run_compiled_program,
         "tensor": cute_runtime._Tensor.__init__,
         "hardware": HardwareInfo.__init__,
@@ -373,6 +389,36 @@ def test_writing_into_a_guard_zone_is_noticed(kernels):
         gpu.executor = execute
         with pytest.raises(EmulatorError, match=r"after x \(float32 \(32,\)"):
             kernels.scale_then_shift(pointer(x), 1.0, 1.0)
+
+
+LATCHED = """
+import sys
+import dsv4lab.emulator
+assert "cutlass" not in sys.modules
+others = {name for name in sys.modules if name.startswith("dsv4lab.")} - {"dsv4lab.emulator"}
+assert all(name.startswith("dsv4lab.emulator.") for name in others), others
+
+import importlib.util
+spec = importlib.util.spec_from_file_location("launch_kernels", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+with dsv4lab.emulator.device("sm_100a", lambda launch: None) as gpu:
+    kernels.nothing()
+print(gpu.launches[0].module.ptx.split(".target ")[1].split()[0])
+try:
+    kernels.nothing()
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_settings_of_the_environment_do_not_matter_and_come_back(tmp_path):
+    settings = {"ARCH": "sm_80", "LIBS": "/nowhere.so", "KEEP": "ptx", "DUMP_DIR": str(tmp_path)}
+    environment = os.environ | {f"CUTE_DSL_{name}": value for name, value in settings.items()}
+    script = [sys.executable, "-c", LATCHED, str(Path(__file__).with_name("launch_kernels.py"))]
+    run = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert run.stdout.split() == ["sm_100a", "FileNotFoundError"], run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 NOTEBOOK = (

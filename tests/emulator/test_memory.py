@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4lab.emulator import AddressError
+from dsv4lab.emulator import AddressError, dlpack
 from dsv4lab.emulator.dlpack import pretend_cuda
-from dsv4lab.emulator.memory import Extent, Memory, Registry, strided_nbytes
+from dsv4lab.emulator.extents import Extent, Registry, strided_nbytes
+from dsv4lab.emulator.memory import Memory
 
 DTYPES = [
     torch.float32,
@@ -191,6 +192,14 @@ def test_a_capsule_of_numpy_in_both_versions():
     for options in ({}, {"max_version": (1, 0)}):
         span = pretend_cuda(x.__dlpack__(**options))
         assert (span.start, span.nbytes, span.description) == (x.ctypes.data, 60, "float32 (3, 5)")
+
+
+def test_a_capsule_may_start_within_its_memory():
+    x = torch.zeros(8)
+    capsule = x.__dlpack__()
+    managed = dlpack._Managed.from_address(dlpack._pointer(capsule, b"dltensor"))
+    managed.tensor.byte_offset = 12
+    assert pretend_cuda(capsule).start == x.data_ptr() + 12
 
 
 def test_a_consumed_capsule_is_refused():

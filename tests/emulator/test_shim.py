@@ -29,7 +29,7 @@ PTX = """
 	.param .b8 mixed_param_3
 )
 .reqntid 128, 1, 1
-{ ld.param.b64 %rd1, [mixed_param_0]; ret; }
+{ st.shared.b32 [tile+4], %r1; mbarrier.init.shared.b64 [barrier], 1; ld.shared.b32 %r1, [dynamic]; ret; }
 """
 
 
@@ -104,8 +104,9 @@ def test_linking_answers_or_refuses_every_runtime_function():
     body = [declaration(name, []) for name in ("_cudaGetDevice", "_cudaMemcpyAsync", "printf")]
     module = SimpleNamespace(body=SimpleNamespace(operations=[*body, declaration("_cuda_own", [1])]))
     registered = {}
-    shim.link(SimpleNamespace(raw_register_runtime=lambda n, p: registered.update({n: p.value})), module)
-    assert set(registered) == {"_cudaGetDevice", "_cudaMemcpyAsync"}
+    engine = SimpleNamespace(raw_register_runtime=lambda n, p: registered.update({n: p.value}))
+    shim.link(engine, module)
+    assert set(registered) == {"_cudaGetDevice", "_cudaMemcpyAsync"} and engine.linked
 
     copy = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(registered["_cudaMemcpyAsync"])
     with pytest.raises(UnsupportedRuntimeCall, match="calls cudaMemcpyAsync, which is not emulated"):
@@ -124,7 +125,7 @@ def test_parameters_and_shared_memory_are_read_from_the_ptx():
     module = Module("host", "sm_100a", PTX)
     assert module.parameter_sizes == {"plain": (), "mixed": (8, 128, 4, 1)}
     assert module.kernels == ("plain", "mixed")
-    assert module.static_shared == 96 + 8
+    assert module.static_shared == {"plain": 0, "mixed": 96 + 8}
     assert module.digest != Module("host", "sm_100a", PTX + "//").digest
 
 
