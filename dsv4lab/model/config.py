@@ -161,6 +161,8 @@ def _check_counts(c: ModelConfig) -> None:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        if value >= 2**31:
+            raise ValueError(f"config: {name} must be below 2^31, got {value}")
     for name in _POSITIVE:
         value = getattr(c, name)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):

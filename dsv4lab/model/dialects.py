@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .config import CSA, HASH_MOE, HCA, MOE, SLIDING, ModelConfig, Yarn
+from .config_kinds import TOKENS, check_kinds
 
 # Ours, then other names for the same size; transformers' own come first where ours differ.
 _NAMES = {
@@ -38,6 +39,11 @@ _NAMES = {
     "eos_token_id": (),
     "num_nextn_predict_layers": ("n_mtp_layers",),
 }
+_NUMBERS = (
+    *(n for ours, others in _NAMES.items() if ours not in TOKENS for n in (ours, *others)),
+    "partial_rotary_factor", "compress_rate_csa", "compress_rate_hca", "num_hash_layers", "n_hash_layers",
+    "original_seq_len", "rope_factor", "beta_fast", "beta_slow",
+)  # fmt: skip
 _INTEGERS_AS_FLOAT = ("routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta")
 # What transformers and DeepSeek can express and this model does not do.
 _ONLY = {
@@ -76,6 +82,7 @@ def read_config(values: dict) -> ModelConfig:
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
             raise ValueError(f"config: {name} must be {only!r}, got {values[name]!r}")
+    check_kinds(values, _NUMBERS)
     sizes = _sizes(values)
     sizes["rope_dim"] = _rope_dim(values, sizes)
     sizes.update(_ratios(values))
@@ -109,6 +116,10 @@ def _sizes(values: dict) -> dict:
     """Every plain size that is given, under our name."""
     sizes = {}
     for name, others in _NAMES.items():
+        if name in TOKENS:  # may be a list, and null is a value
+            if name in values:
+                sizes[name] = values[name]
+            continue
         given = {n: values[n] for n in (name, *others) if values.get(n) is not None}
         if len(set(given.values())) > 1:
             (a, x), (b, y) = list(given.items())[:2]
@@ -116,9 +127,6 @@ def _sizes(values: dict) -> dict:
         if given:
             value = next(iter(given.values()))
             sizes[name] = float(value) if name in _INTEGERS_AS_FLOAT else value
-    for name in ("bos_token_id", "eos_token_id"):
-        if name in values:
-            sizes[name] = values[name]
     missing = [n for n in _NEEDED if n not in sizes]
     if missing:
         raise ValueError(f"config: {missing[0]} is missing")
@@ -170,15 +178,16 @@ def _layer_types(values: dict, sizes: dict) -> tuple[str, ...]:
 def _mlp_layer_types(values: dict, layers: int) -> tuple[str, ...]:
     named = values.get("mlp_layer_types")
     hashed = values.get("num_hash_layers", values.get("n_hash_layers"))
-    if named is not None:
-        if hashed is not None and tuple(named) != (HASH_MOE,) * hashed + (MOE,) * (layers - hashed):
-            raise ValueError(f"config: mlp_layer_types contradicts num_hash_layers = {hashed}")
-        return tuple(named)
-    if hashed is None:
+    if named is None and hashed is None:
         raise ValueError("config: neither mlp_layer_types nor num_hash_layers is given")
+    if hashed is None:
+        return tuple(named)
     if not isinstance(hashed, int) or not 0 <= hashed <= layers:
         raise ValueError(f"config: num_hash_layers must lie within 0 and {layers}, got {hashed!r}")
-    return (HASH_MOE,) * hashed + (MOE,) * (layers - hashed)
+    by_count = (HASH_MOE,) * hashed + (MOE,) * (layers - hashed)
+    if named is not None and tuple(named) != by_count:
+        raise ValueError(f"config: mlp_layer_types contradicts num_hash_layers = {hashed}")
+    return by_count
 
 
 def _rope(values: dict) -> dict:

@@ -111,6 +111,27 @@ def test_any_rotated_width_survives(width, head):
             "'default' or 'yarn', got 'linear'",
         ),
         (changed(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "needs original_max_position_embed"),
+        (changed(hidden_size=[256]), r"hidden_size must be a number, got \[256\]"),
+        (changed(rope_theta="10000"), "rope_theta must be a number, got '10000'"),
+        (changed(head_dim=float("inf")), "head_dim must be a number, got inf"),
+        (changed(hidden_size=10**30), "hidden_size must be a number, got 10"),
+        (changed(hidden_size=2**40), r"hidden_size must be below 2\^31"),
+        (changed(layer_types=7), "layer_types must be a list of names, got 7"),
+        (changed(layer_types="absent", compress_ratios=["4"]), "compress_ratios must be a list of numbers"),
+        (changed(compress_rates="4"), "compress_rates must be an object, got '4'"),
+        (changed(compress_rates={CSA: [4]}), "compress_rates.compressed_sparse_attention must be a number"),
+        (changed(rope_parameters=3), "rope_parameters must be an object, got 3"),
+        (
+            changed(rope_parameters={"main": {}, "compress": "yarn"}),
+            "rope_parameters.compress must be an obj",
+        ),
+        (
+            changed(rope_parameters={"main": {"rope_theta": "x"}, "compress": {}}),
+            "rope_parameters.main.rope_theta must be a number, got 'x'",
+        ),
+        (changed(eos_token_id="</s>"), "eos_token_id must be a token id or a list of them"),
+        (changed(num_nextn_predict_layers="one"), "num_nextn_predict_layers must be a number"),
+        (changed(num_hash_layers=2**62), "num_hash_layers must lie within 0 and 6"),
     ],
 )
 def test_contradictions_are_one_sentence(values, message):
@@ -127,6 +148,11 @@ def test_yarn_with_a_factor_on_the_logits_is_refused(factor):
         values["rope_parameters"]["compress"]["attention_factor"] = factor
     with pytest.raises(ValueError, match=r"attention_factor (must be|=) 1\.0"):
         ModelConfig.from_dict(values)
+
+
+def test_several_end_tokens_survive():
+    config = dataclasses.replace(ModelConfig.nano(), eos_token_id=(1, 2))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_not_a_dict():
