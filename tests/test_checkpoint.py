@@ -206,6 +206,15 @@ def test_config_that_contradicts_the_weights(editable):
         checkpoint.load(folder)
 
 
+def test_sizes_whose_product_no_tensor_can_have(editable):
+    folder = editable(lambda tensors: None)
+    values = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 2**31 - 1, "hc_mult": 2**30}
+    (folder / "config.json").write_text(json.dumps({**values, **sizes}))
+    with pytest.raises(CheckpointError, match=r"config\.json: no such model can be built"):
+        checkpoint.load(folder)
+
+
 def test_missing_folder_and_files(editable, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         checkpoint.load(tmp_path / "nowhere")
@@ -409,9 +418,15 @@ def test_quantize_refuses_what_is_quantized_or_there(nvfp4_checkpoint, tiny_chec
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_bad_tensor_midway_leaves_nothing(editable, tmp_path):
-    folder = editable(put("model.norm.weight", with_nan))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN or Inf"):
+@pytest.mark.parametrize("change, message", [
+    (put("model.norm.weight", with_nan), r"model\.norm\.weight holds NaN or Inf"),
+    (put(TID2EID, lambda t: t + 2), "expert id outside 0 to 3"),
+    (put(f"{LINEAR}.weight", lambda w: w * 0 + 3e38), "too large for an NVFP4 global scale"),
+    (put("mtp.0.x", lambda _: torch.ones(2).double()), r"mtp\.0\.x is F64, which cannot be copied"),
+])  # fmt: skip
+def test_a_bad_tensor_midway_leaves_nothing(editable, tmp_path, change, message):
+    folder = editable(change)
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.quantize_checkpoint(folder, tmp_path / "copy")
     assert not [p for p in tmp_path.iterdir() if p != folder]
 

@@ -17,10 +17,10 @@ from dsv4lab.formats import BLOCK
 from dsv4lab.quantize import quantize_weight
 
 from .files import INDEX, Checkpoint, CheckpointError, Entry, read_json
-from .load import Progress, load_config
+from .load import Progress, load_config, read_plain
 from .match import Stored, match
 from .names import is_quantizable, to_deepseek
-from .save import Spec, write_safetensors
+from .save import DTYPE_BYTES, Spec, write_safetensors
 
 QUANTIZATION = {
     "quant_method": "modelopt",
@@ -59,7 +59,7 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, *,
     for one in matches:
         if one.quantized:
             raise one.stored[0].entries["codes"].error("is NVFP4 already")
-    plan = _Plan(opened, stored, input_scales or {})
+    plan = _Plan(config, opened, stored, input_scales or {})
     try:
         with _renamed_when_complete(destination) as folder:
             plan.write(folder, progress)
@@ -73,8 +73,8 @@ def quantize_checkpoint(source: str | Path, destination: str | Path, *,
 class _Plan:
     """What becomes of each stored tensor: specs known beforehand, values made while writing."""
 
-    def __init__(self, source: Checkpoint, stored: dict[str, tuple[str, Stored]], input_scales: dict):
-        self.source, self.stored, self.input_scales = source, stored, input_scales
+    def __init__(self, config, source: Checkpoint, stored: dict[str, tuple[str, Stored]], input_scales: dict):
+        self.config, self.source, self.stored, self.input_scales = config, source, stored, input_scales
         self.specs = {name: self._specs(entry) for name, entry in source.entries.items()}
 
     def write(self, folder: Path, progress: Progress | None) -> None:
@@ -99,6 +99,10 @@ class _Plan:
         return is_quantizable(to_deepseek(entry.name))
 
     def _specs(self, entry: Entry) -> list[Spec]:
+        if entry.dtype not in DTYPE_BYTES:
+            raise entry.error(
+                f"is {entry.dtype}, which cannot be copied; take one of {', '.join(DTYPE_BYTES)}"
+            )
         plain = Spec(entry.name, entry.dtype, entry.shape)
         if not self._quantized(entry):
             return [plain]
@@ -122,13 +126,16 @@ class _Plan:
     def _make(self, entry: Entry, i: int, progress: Progress | None) -> Iterator[Tensor]:
         if progress:
             progress(i, len(self.source.entries), entry.name)
-        tensor = self.source.read(entry)
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise entry.error("holds NaN or Inf")
+        if entry.name not in self.stored:  # of a draft layer, which no model here reads
+            yield self.source.read(entry)
+            return
+        tensor = read_plain(self.source, entry, self.config)
         if not self._quantized(entry):
             yield tensor
             return
         packed = quantize_weight(tensor)
+        if not torch.isfinite(packed.global_scale):
+            raise entry.error(f"holds {float(tensor.abs().max()):g}, too large for an NVFP4 global scale")
         yield from (packed.codes, packed.block_scales, packed.global_scale)
         if (scale := self._input_scale(entry)) is not None:
             yield scale

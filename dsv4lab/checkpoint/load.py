@@ -72,9 +72,10 @@ def load(directory: str | Path, *, progress: Progress | None = None) -> tuple:
 
 
 def _read(source: Checkpoint, one: Match, config) -> Tensor:
-    pieces = [(stored.part, _checked(source, stored.entries["plain"], config)) for stored in one.stored]
+    pieces = [(stored.part, read_plain(source, stored.entries["plain"], config)) for stored in one.stored]
     if len(pieces) == 1:
-        return pieces[0][1]
+        only = pieces[0][1]
+        return only if only.is_floating_point() else only.long()
     dtypes = {piece.dtype for _, piece in pieces}
     stacked = torch.empty(one.shape, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
     for part, piece in pieces:
@@ -82,13 +83,18 @@ def _read(source: Checkpoint, one: Match, config) -> Tensor:
     return stacked
 
 
-def _checked(source: Checkpoint, entry: Entry, config) -> Tensor:
+def read_plain(source: Checkpoint, entry: Entry, config) -> Tensor:
+    """Read one tensor of the model in high precision, or its table of expert ids.
+
+    Raises:
+        CheckpointError: NaN, Inf, or an expert that the config does not have.
+    """
     tensor = source.read(entry)
     if not tensor.is_floating_point():
         experts = config.n_routed_experts
         if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
             raise entry.error(f"holds an expert id outside 0 to {experts - 1}")
-        return tensor.long()
+        return tensor
     if not torch.isfinite(tensor).all():
         raise entry.error("holds NaN or Inf")
     return tensor

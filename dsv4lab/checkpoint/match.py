@@ -69,10 +69,17 @@ def match(config, source: Checkpoint) -> list[Match]:
     Raises:
         CheckpointError: a missing or unknown tensor, a wrong dtype or shape, a weight that is NVFP4 in part.
     """
+    try:
+        shapes = model_shapes(config)
+    except (RuntimeError, TypeError, ValueError) as error:  # sizes good one by one, their product is not
+        what = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{source.directory / 'config.json'}: no such model can be built: {what}"
+        ) from None
     table = _Table(source)
     found = [
         Match(name, shape, [table.find(part, is_quantizable(name)) for part in parts(name, shape)])
-        for name, shape in model_shapes(config).items()
+        for name, shape in shapes.items()
     ]
     table.check_all_used()
     for one in found:

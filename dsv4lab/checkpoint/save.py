@@ -22,7 +22,17 @@ _WORDS = {
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-_BYTES = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1, "F8_E4M3": 1, "F16": 2, "I32": 4, "I8": 1, "F8_E8M0": 1}
+DTYPE_BYTES = {
+    "F32": 4,
+    "BF16": 2,
+    "I64": 8,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "F16": 2,
+    "I32": 4,
+    "I8": 1,
+    "F8_E8M0": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Spec:
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * _BYTES[self.dtype]
+        return torch.Size(self.shape).numel() * DTYPE_BYTES[self.dtype]
 
 
 def write_safetensors(file: Path, specs: list[Spec], tensors: Iterable[Tensor]) -> None:
