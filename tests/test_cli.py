@@ -204,7 +204,10 @@ def test_the_shipped_model_is_the_default_wherever_one_is(run, monkeypatch, tmp_
     (("decode", "--prompt", "x", "--max-new-tokens", "0"), "whole number from 1 on, got '0'"),
     (("decode", "--prompt", "x", "--activation-scale", "block"), "invalid choice: 'block'"),
     (("decode", "--prompt", "x", "--precision", "fp8"), "invalid choice: 'fp8'"),
-    (("decode", "--prompt", "x", "--seed", "one"), "invalid int value: 'one'"),
+    (("decode", "--prompt", "x", "--seed", "one"), "whole number of at most 64 bits, got 'one'"),
+    (("decode", "--prompt", "x", "--seed", str(2**64)), "whole number of at most 64 bits"),
+    (("decode", "--prompt", "x", "--model", ""), "config.json"),
+    (("decode", "--prompt", "x", "--device", "meta"), "--device meta"),
     (("evaluate", "--max-bytes", "-3"), "whole number from 1 on, got '-3'"),
     (("quantize", "only-one"), "required: DST"),
 ])  # fmt: skip
@@ -308,6 +311,10 @@ def test_missing_models_and_texts(bad, tiny_checkpoint, tmp_path):
     )
     (tmp_path / "empty").write_text("")
     assert "empty" in bad("calibrate", "--model", tiny_checkpoint, "--text", tmp_path / "empty")
+    assert "empty" in bad("calibrate", "--model", tiny_checkpoint, "--text", "")
+    assert bad("calibrate", "--model", tiny_checkpoint, "--text", tmp_path).endswith(
+        f": {tmp_path}: Is a directory\n"
+    )
 
 
 # ---- interruptions

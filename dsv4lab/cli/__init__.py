@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ndsv4lab {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, FloatingPointError, OSError) as error:
-        message = " ".join(str(error).split())
+        known = isinstance(error, OSError) and error.filename and error.strerror
+        message = f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split())
         print(f"dsv4lab {args.command}: {message}", file=sys.stderr)
         return BAD_INPUT
     return 0

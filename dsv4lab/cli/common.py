@@ -38,6 +38,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """An argument that starts a random generator: torch takes 64 bits, signed or not."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**64
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most 64 bits, got {text!r}")
+    return value
+
+
 def say(message: str) -> None:
     """A remark for people, on stderr."""
     print(message, file=sys.stderr, flush=True)
@@ -75,12 +86,17 @@ def load_model(args: argparse.Namespace):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: holds no values to compute with")
+    folder = NANO if args.model is None else args.model
     with Progress("reading") as progress:
-        return load_model(args.model or NANO, device=device, progress=progress)
+        return load_model(folder, device=device, progress=progress)
 
 
 def read_text(argument: str) -> bytes:
     """A text to calibrate on: the file of that name, or the words themselves."""
+    if not argument:
+        raise ValueError("text to calibrate on is empty")
     file = Path(argument)
     if len(argument) < 4096 and "\n" not in argument and file.exists():
         return file.read_bytes()

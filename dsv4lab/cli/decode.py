@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from .common import POLICIES, add_json, add_model, command, load_model, positive, print_json, say
+from .common import POLICIES, add_json, add_model, command, load_model, positive, print_json, say, seed
 
 SMALL = 1024
 """Hidden size up to which the matrices of a one-token step are too small to share between threads."""
@@ -23,7 +23,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="T",
         help="0 takes the most likely token (default); 1 draws from the model's distribution",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
+    parser.add_argument("--seed", type=seed, metavar="N", help="makes draws repeatable")
     parser.add_argument("--precision", choices=("bf16", "nvfp4"), default="nvfp4", help="default: nvfp4")
     parser.add_argument(
         "--activation-scale",
