@@ -150,6 +150,12 @@ def test_evaluate_an_nvfp4_checkpoint_with_scales(run, tiny_checkpoint, small_li
     assert all(v["token_agreement"] is None for v in variants)
 
 
+def test_evaluate_an_nvfp4_checkpoint_without_scales(run, quantized, small_library):
+    code, out, err = run("evaluate", "--model", quantized, "--max-bytes", 30, "--json")
+    assert code == 0 and "static policy is left out" in err
+    assert [v["activation_scale"] for v in json.loads(out)["variants"]] == ["tensor", "token", "bound"]
+
+
 def test_quantize_writes_a_checkpoint(run, tiny_checkpoint, tmp_path):
     code, out, _ = run("quantize", tiny_checkpoint, tmp_path / "q", "--json")
     report = json.loads(out)
@@ -303,6 +309,11 @@ def test_destinations_that_cannot_be_written(bad, tiny_checkpoint, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_where_the_shipped_model_is_not(bad, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "NANO", tmp_path / "nano")
+    assert "nano comes with the repository, not with a wheel" in bad("decode", "--prompt", "x")
+
+
 def test_missing_models_and_texts(bad, tiny_checkpoint, tmp_path):
     assert "nowhere: no such folder" in bad("decode", "--prompt", "x", "--model", tmp_path / "nowhere")
     assert "nowhere: no such folder" in bad("quantize", tmp_path / "nowhere", tmp_path / "q")
@@ -351,6 +362,12 @@ def test_a_reader_that_leaves_is_no_error(tiny_checkpoint):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=30) == 0
+
+
+def test_closed_output_is_no_error(tiny_checkpoint):
+    arguments = ("decode", "--model", tiny_checkpoint, "--prompt", "x", "--max-new-tokens", "2")
+    command = 'exec "$0" -m dsv4lab "$@" >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command, sys.executable, *arguments], timeout=60).returncode == 0
 
 
 def test_progress_shows_after_two_seconds_and_not_before(capsys, monkeypatch):

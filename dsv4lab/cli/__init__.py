@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait keep the cores from those they wait for: on a busy machine that slowed
     # the nano model down more than tenfold. OpenMP reads this when torch is imported, which the commands do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller: nobody reads it
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # after --help, --version or a wrong argument

@@ -88,6 +88,10 @@ def load_model(args: argparse.Namespace):
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if device.type == "meta":
         raise ValueError("--device meta: holds no values to compute with")
+    if args.model is None and not NANO.is_dir():
+        raise ValueError(
+            f"{NANO}: no such folder; nano comes with the repository, not with a wheel: give --model"
+        )
     folder = NANO if args.model is None else args.model
     with Progress("reading") as progress:
         return load_model(folder, device=device, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_json, add_model, command, load_model, positive, print_json, print_table
+from .common import add_json, add_model, command, load_model, positive, print_json, print_table, say
 from .progress import Progress
 
 DEFAULT_BYTES = 16384
@@ -35,11 +35,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     from dsv4lab.corpus import evaluation_text
-    from dsv4lab.evaluate import VARIANTS, evaluate, is_quantized
+    from dsv4lab.evaluate import evaluate
 
     text = evaluation_text()
     model = load_model(args)
-    variants = [v for v in VARIANTS if v.precision == "nvfp4" or not is_quantized(model)]
+    variants = _possible(model)
     with Progress("evaluating") as progress:
         report = evaluate(
             model, text, variants, max_bytes=None if args.all else args.max_bytes, progress=progress
@@ -48,6 +48,19 @@ def run(args: argparse.Namespace) -> None:
         print_json(report)
     else:
         print_report(report)
+
+
+def _possible(model) -> list:
+    """The variants a model can run: an NVFP4 one has no bf16 side, and no static scales but those it holds."""
+    from dsv4lab.evaluate import VARIANTS, is_quantized
+    from dsv4lab.layers import quantizable_layers
+
+    if not is_quantized(model):
+        return list(VARIANTS)
+    scaled = all(layer.input_scale is not None for _, layer in quantizable_layers(model))
+    if not scaled:
+        say("evaluate: the checkpoint has no input scales: the static policy is left out")
+    return [v for v in VARIANTS if v.precision == "nvfp4" and (scaled or v.activation_scale != "static")]
 
 
 def print_report(report: dict) -> None:
