@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _possible(model) -> list:
-    """The variants a model can run: an NVFP4 one has no bf16 side, and no static scales but those it holds."""
+    """The variants a model can run: an NVFP4 one has no bf16 side, and only its own static scales."""
     from dsv4lab.evaluate import VARIANTS, is_quantized
     from dsv4lab.layers import quantizable_layers
 
