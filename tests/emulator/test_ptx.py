@@ -349,7 +349,9 @@ def test_blocks_have_names_of_their_own():
     function = entry(body)
     written = [i.operands[0].name for i in function.instructions if i.op == "mov"]
     assert written == ["x", "x@9", "x@13", "x@15", "x"]
-    assert [i.operands[0].target for i in function.instructions if i.op == "bra"] == [1, 5]
+    branches = [i.operands[0] for i in function.instructions if i.op == "bra"]
+    assert branches == [Label("L@9", 1), Label("L@15", 5)]
+    assert function.labels == {"L@9": 1, "L@15": 5}
     assert function.instructions[2].operands[0].name == "p"
     assert function.variables[0].name == "m@9" and function.instructions[3].operands[1].name == "m@9"
     two = entry("{ .reg .b32 x; mov.b32 x, 1; } { .reg .b32 x; mov.b32 x, 2; }")
