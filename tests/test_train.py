@@ -307,6 +307,7 @@ def test_bad_input_is_one_line_and_code_2(options, tmp_path, capsys):
         (["--out", tmp_path / "new", "--context", "100000"], "less than a window of 100000"),
         (["--out", tmp_path / "new", "--context", "60"], "need a multiple of 16, got 60"),
         (["--out", "/proc/nano"], "cannot write in /proc/nano"),
+        (["--out", tmp_path / "new", "--device", "tpu9"], "device: tpu9"),
     ]
     for more, message in cases:
         assert run(options, *more) == 2
@@ -314,6 +315,13 @@ def test_bad_input_is_one_line_and_code_2(options, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_a_wrong_argument_is_one_line_and_code_2(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(options, "--max-seconds", "-1")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "-1 is not a positive number" in error and error.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from text import HeldOut, Text  # noqa: E402
 from trainee import Trainee, first_weights  # noqa: E402
 
 from dsv4lab import corpus  # noqa: E402
+from dsv4lab.cli import Parser  # noqa: E402
 from dsv4lab.model import CSA, ModelConfig  # noqa: E402
 
 MATRIX_RATE, WEIGHT_DECAY = 0.02, 0.1
@@ -82,7 +83,8 @@ def prepare(args: argparse.Namespace, begin: float) -> tuple[Loop, dict, str]:
         )
     text = Text(train_on, args.batch, args.context, args.seed, device)
     held_out = HeldOut.of(judge_on, args.batch, args.context, device)
-    trainee = Trainee(config, device, args.context, compiled=args.compile, kernels=args.kernels)
+    kernels = args.kernels and device.type == "cuda"
+    trainee = Trainee(config, device, args.context, compiled=args.compile, kernels=kernels)
     first_weights(trainee.model, text.modules.data)
     optimizer = Optimizer(trainee.model, matrix_rate=MATRIX_RATE * args.rate, decay=WEIGHT_DECAY, rates=RATES)
     facts = _facts(args, device, train_on, judge_on, trainee)
@@ -168,7 +170,7 @@ def _facts(args, device, train_on, judge_on, trainee) -> dict:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--library", metavar="DIR", help="standard library to train on (default: the running Python's)")
     add("--out", metavar="DIR", default="build/nano", help="receives the files (default: %(default)s)")
@@ -198,8 +200,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "context"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if _device(args.device).type != "cuda":
-        args.kernels = False
     return args
 
 
@@ -213,13 +213,18 @@ def _positive(text: str) -> float:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
+        raise ValueError(f"device: {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _read_config(path: str) -> ModelConfig:
     try:
         return ModelConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"config: cannot read {path}: {error}") from None
 
 
