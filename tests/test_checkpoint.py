@@ -23,11 +23,9 @@ EXPERT = "model.layers.1.ffn.experts.2.w1"
 LINEAR = "model.layers.0.attn.wq_a"
 
 
-@pytest.fixture
-def editable(tiny_checkpoint, tmp_path):
-    """A copy of the tiny checkpoint, and a function that changes its tensors by name."""
-    folder = tmp_path / "edited"
-    shutil.copytree(tiny_checkpoint, folder)
+def _editable(source, folder):
+    """Copies a checkpoint, and returns a function that changes the copy's tensors by name."""
+    shutil.copytree(source, folder)
 
     def edit(change):
         tensors = load_file(folder / "model.safetensors")
@@ -36,6 +34,11 @@ def editable(tiny_checkpoint, tmp_path):
         return folder
 
     return edit
+
+
+@pytest.fixture
+def editable(tiny_checkpoint, tmp_path):
+    return _editable(tiny_checkpoint, tmp_path / "edited")
 
 
 def assert_same_state(a, b):
@@ -257,16 +260,7 @@ def nvfp4_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def editable_nvfp4(nvfp4_checkpoint, tmp_path):
-    folder = tmp_path / "edited"
-    shutil.copytree(nvfp4_checkpoint, folder)
-
-    def edit(change):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-
-    return edit
+    return _editable(nvfp4_checkpoint, tmp_path / "edited")
 
 
 def test_quantized_file_is_modelopts_form(nvfp4_checkpoint, tiny_checkpoint):
