@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -40,17 +37,8 @@ REAL = [
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    spec = importlib.util.spec_from_file_location("ptx_kernels", Path(__file__).with_name("ptx_kernels.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def texts(kernels):
-    return {key: kernels.ptx_of(*key) for key in REAL}
+def texts(ptx_kernels):
+    return {key: ptx_kernels.ptx_of(*key) for key in REAL}
 
 
 def entry(body: str, declarations: str = "", parameters: str = "") -> ptx.Function:

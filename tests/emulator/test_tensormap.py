@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace as changed
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +11,6 @@ from dsv4lab.emulator.tensormap import TensorMap, TensorMapError, decode, replac
 from dsv4lab.emulator.tensormap_fields import ELEMENTS, FIELDS, SWIZZLES, unpack
 
 ADDRESS = 0x7F0000001000
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    spec = importlib.util.spec_from_file_location("ptx_kernels", Path(__file__).with_name("ptx_kernels.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # What real host code writes --------------------------------------------------------------------------------
@@ -53,10 +41,10 @@ SHAPES = [
 ]
 
 
-def written(kernels, arch, element, *arguments, address=ADDRESS, **options) -> bytes:
+def written(ptx_kernels, arch, element, *arguments, address=ADDRESS, **options) -> bytes:
     """The descriptor in the parameters of a kernel that real host code launches."""
-    pointer = kernels.pointer(element, address)
-    launch = kernels.launched(arch, kernels.describe(element, *arguments, **options), pointer)
+    pointer = ptx_kernels.pointer(element, address)
+    launch = ptx_kernels.launched(arch, ptx_kernels.describe(element, *arguments, **options), pointer)
     (descriptor,) = [p for p in launch.parameters if len(p) == 128]
     return descriptor
 
@@ -72,10 +60,10 @@ def holds(descriptor: bytes, asked: TensorMap) -> None:
     [(arch, *row) for arch in ("sm_90a", "sm_100a") for row in TYPES]
     + [("sm_100a", "Float4E2M1FN", "b4x16", 4)],
 )
-def test_types_of_real_descriptors(kernels, arch, name, element, bits):
-    type_ = getattr(kernels.cutlass, name)
+def test_types_of_real_descriptors(ptx_kernels, arch, name, element, bits):
+    type_ = getattr(ptx_kernels.cutlass, name)
     inner = 128 if bits < 64 else 64
-    descriptor = written(kernels, arch, type_, (256, 64), (1, 256), (inner, 8))
+    descriptor = written(ptx_kernels, arch, type_, (256, 64), (1, 256), (inner, 8))
     asked = TensorMap(ADDRESS, element, (256, 64), (256 * bits // 8,), (inner, 8))
     assert asked.large == (bits == 64)
     holds(descriptor, asked)
@@ -83,16 +71,16 @@ def test_types_of_real_descriptors(kernels, arch, name, element, bits):
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(("swizzle", "mode", "inner"), MODES)
-def test_swizzles_of_real_descriptors(kernels, arch, swizzle, mode, inner):
-    descriptor = written(kernels, arch, kernels.HALF, (256, 64), (1, 256), (inner, 8), swizzle)
+def test_swizzles_of_real_descriptors(ptx_kernels, arch, swizzle, mode, inner):
+    descriptor = written(ptx_kernels, arch, ptx_kernels.HALF, (256, 64), (1, 256), (inner, 8), swizzle)
     holds(descriptor, TensorMap(ADDRESS, "f16", (256, 64), (512,), (inner, 8), swizzle=mode))
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(("shape", "stride", "box", "large"), SHAPES)
-def test_ranks_and_strides_of_real_descriptors(kernels, arch, shape, stride, box, large):
+def test_ranks_and_strides_of_real_descriptors(ptx_kernels, arch, shape, stride, box, large):
     address = 0x7F0123456780
-    descriptor = written(kernels, arch, kernels.cutlass.BFloat16, shape, stride, box, address=address)
+    descriptor = written(ptx_kernels, arch, ptx_kernels.cutlass.BFloat16, shape, stride, box, address=address)
     strides = tuple(2 * step for step in stride[1:])
     asked = TensorMap(address, "bf16", shape, strides, box, large=large)
     holds(descriptor, asked)
@@ -100,20 +88,20 @@ def test_ranks_and_strides_of_real_descriptors(kernels, arch, shape, stride, box
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_a_store_and_a_type_in_disguise(kernels, arch):
-    store = written(kernels, arch, kernels.HALF, (256, 64), (1, 256), (64, 8), (3, 4, 3), store=True)
+def test_a_store_and_a_type_in_disguise(ptx_kernels, arch):
+    store = written(ptx_kernels, arch, ptx_kernels.HALF, (256, 64), (1, 256), (64, 8), (3, 4, 3), store=True)
     holds(store, TensorMap(ADDRESS, "f16", (256, 64), (512,), (64, 8), swizzle="128B"))
     scales = written(
-        kernels, arch, kernels.cutlass.Float8E4M3FN, (256, 64), (1, 256), (128, 8),
-        internal=kernels.cutlass.Uint16,
+        ptx_kernels, arch, ptx_kernels.cutlass.Float8E4M3FN, (256, 64), (1, 256), (128, 8),
+        internal=ptx_kernels.cutlass.Uint16,
     )  # fmt: skip
     holds(scales, TensorMap(ADDRESS, "u16", (128, 64), (256,), (64, 8)))
 
 
-def test_fp4_padded_to_bytes(kernels):
-    fp4 = kernels.cutlass.Float4E2M1FN
+def test_fp4_padded_to_bytes(ptx_kernels):
+    fp4 = ptx_kernels.cutlass.Float4E2M1FN
     descriptor = written(
-        kernels, "sm_100a", fp4, (256, 64), (1, 256), (128, 8), internal=kernels.cutlass.Uint8
+        ptx_kernels, "sm_100a", fp4, (256, 64), (1, 256), (128, 8), internal=ptx_kernels.cutlass.Uint8
     )
     holds(descriptor, TensorMap(ADDRESS, "b4x16_p64", (256, 64), (128,), (128, 8)))
 
