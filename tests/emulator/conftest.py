@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,8 +22,21 @@ def ptx_kernels():
     return _module("ptx_kernels")
 
 
+@pytest.fixture(scope="session")
+def gpu_kernels():
+    """A function that gives the modules of the folder gpu_kernels by name."""
+    folder = Path(__file__).with_name("gpu_kernels")
+    if "gpu_kernels" not in sys.modules:
+        _load("gpu_kernels", folder / "__init__.py", [str(folder)])
+    return lambda name: importlib.import_module(f"gpu_kernels.{name}")
+
+
 def _module(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    return _load(name, Path(__file__).with_name(f"{name}.py"))
+
+
+def _load(name: str, path: Path, folders: list[str] | None = None):
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
