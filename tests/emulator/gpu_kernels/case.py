@@ -1,4 +1,4 @@
-"""What a test needs to know of a kernel: the host function, its arguments, and what they must hold afterwards."""
+"""A kernel as a test needs it: the host function, its arguments, and what they must hold afterwards."""
 
 from __future__ import annotations
 
@@ -133,3 +133,58 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     """Random numbers of a normal distribution."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def gemm_bound(a: torch.Tensor, b: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    """How far a @ b.T with fp32 accumulation and output `target` may be from the exact product.
+
+    Tensor cores truncate: each of K additions costs up to 2**-23 of a sum that is at most sum(|a| |b|). Then
+    the result is rounded to the target.
+
+    Args:
+        a, b: (M, K) and (N, K), float64.
+    """
+    depth = a.shape[1]
+    accumulation = depth * 2.0**-23 * (a.abs() @ b.abs().T)
+    half = torch.finfo(target).eps / 2 if target is not torch.float32 else 0.0
+    return accumulation * (1 + half) + half * (a @ b.T).abs()
+
+
+def gemm_operands(
+    m: int, n: int, k: int, dtype: torch.dtype, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a (m, k) and b (n, k): random, or whole numbers so small that no sum of their products is rounded."""
+    if exact:
+        return integers((m, k), -2, 3, dtype), integers((n, k), -2, 3, dtype, seed=1)
+    return normal((m, k), dtype), normal((n, k), dtype, seed=1)
+
+
+def gemm_output(
+    a: torch.Tensor, b: torch.Tensor, target: torch.dtype, exact: bool, **how: Any
+) -> Buffer:  # fmt: skip
+    """What a @ b.T must be: to the last bit if `exact`, else within `gemm_bound`."""
+    a, b = a.double(), b.double()
+    return output((a @ b.T).float().to(target), None if exact else gemm_bound(a, b, target), **how)
+
+
+def gemm_buffers(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    target: torch.dtype,
+    exact: bool,
+    majors: str = "kk",
+    **how: Any,
+) -> tuple[Buffer, Buffer, Buffer]:
+    """a (m, k), b (n, k) and c (m, n) = a @ b.T.
+
+    Args:
+        exact: see `gemm_operands`.
+        majors: of a and of b: "k", K contiguous, or "m", the other dimension.
+        how: of each Buffer.
+    """
+    a, b = gemm_operands(m, n, k, dtype, exact)
+    c = gemm_output(a, b, target, exact, **how)
+    a, b = (t if major == "k" else t.t().contiguous() for t, major in zip((a, b), majors, strict=True))
+    return Buffer(a, **how), Buffer(b, **how), c

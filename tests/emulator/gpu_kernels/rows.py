@@ -81,7 +81,7 @@ def _rounding(dtype: torch.dtype, values: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_case(dtype: torch.dtype, rows: int, columns: int) -> Case:
-    """ex2.approx is within 2 units in the last place, its argument d * log2(e) within 2**-23 of |d * log2(e)|."""
+    """ex2.approx is within 2 units in the last place, its argument d log2(e) within 2**-23 |d log2(e)|."""
     x = normal((rows, columns), dtype) * 3
     exact = torch.softmax(x.double(), 1)
     distance = (x.double() - x.double().max(1, keepdim=True).values).abs()
