@@ -209,6 +209,10 @@ def test_overflow_and_underflow():
     tiny = np.zeros((1, 16), np.float32)
     tiny[0, 0] = 2.0**-120
     assert dot(tiny, one * np.float32(2.0**-20), None, **options)[0, 0] == np.float32(2.0**-140)
+    # With nothing larger the terms are cut at 25 bits below 2**-126.
+    tiny[0, :8] = 2.0**-126
+    assert dot(tiny, one * np.float32(2.0**-25), None, **options)[0, 0] == np.float32(2.0**-148)
+    assert dot(tiny, one * np.float32(2.0**-26), None, **options)[0, 0] == 0
 
 
 def test_tf32_ignores_low_bits():
