@@ -1,7 +1,6 @@
-"""The launch side of a GPU in software: kernels of CuTe DSL compiled, launched and recorded without a GPU.
+"""A GPU in software: kernels of CuTe DSL, compiled for Hopper and Blackwell, run on the CPU.
 
-Compiled host code runs unmodified; each kernel it launches is caught and handed to an executor. There is no
-executor that runs PTX yet. See `device`.
+Compiled host code runs unmodified; each kernel it launches is executed from its PTX. See `device`.
 """
 
 from __future__ import annotations
@@ -9,20 +8,28 @@ from __future__ import annotations
 from dsv4lab.emulator.driver import Device, device
 from dsv4lab.emulator.errors import (
     AddressError,
+    DeadlockError,
     EmulatorError,
-    MachineMissingError,
+    InstructionLimitError,
+    KernelTrap,
+    UninitialisedError,
     UnsupportedRuntimeCall,
 )
+from dsv4lab.emulator.isa.registry import UnsupportedInstruction
 from dsv4lab.emulator.launch import Launch
 from dsv4lab.emulator.modules import Module
 
 __all__ = [
     "AddressError",
+    "DeadlockError",
     "Device",
     "EmulatorError",
+    "InstructionLimitError",
+    "KernelTrap",
     "Launch",
-    "MachineMissingError",
     "Module",
+    "UninitialisedError",
+    "UnsupportedInstruction",
     "UnsupportedRuntimeCall",
     "device",
 ]

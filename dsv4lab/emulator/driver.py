@@ -1,4 +1,4 @@
-"""A GPU in software, up to the launch: what host code launches is caught, recorded and handed on."""
+"""A GPU in software: what host code launches is caught, recorded and executed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -14,24 +14,21 @@ import torch
 
 from dsv4lab.emulator import shim
 from dsv4lab.emulator.architectures import architecture
-from dsv4lab.emulator.errors import EmulatorError, MachineMissingError, UnsupportedRuntimeCall
+from dsv4lab.emulator.errors import EmulatorError, UnsupportedRuntimeCall, in_kernel
 from dsv4lab.emulator.extents import Extent, Location
-from dsv4lab.emulator.launch import Launch, check_configuration, launch_attribute
+from dsv4lab.emulator.launch import Launch, check_configuration, launch_attribute, parameter_bytes
 from dsv4lab.emulator.memory import Memory
 from dsv4lab.emulator.modules import Module
+from dsv4lab.emulator.program import Program
+from dsv4lab.emulator.run import CHECKS, Options, Run
+from dsv4lab.emulator.trace import Counters, Trace
+from dsv4lab.emulator.variables import allocate
 
 # CUfunction_attribute of cuda.h.
 _MAX_THREADS_PER_BLOCK = 0
 _STATIC_SHARED_BYTES = 1
 
 Executor = Callable[[Launch], None]
-
-
-def no_machine(launch: Launch) -> None:
-    """The executor until there is one."""
-    raise MachineMissingError(
-        f"the launch of {launch.kernel} was caught, but the emulator cannot execute kernels yet"
-    )
 
 
 class _Host:
@@ -102,7 +99,9 @@ class Device:
 
     Attributes:
         arch: what it is.
+        options: how it executes launches.
         launches: every launch, the first one first; also those whose execution raised.
+        runs: what the execution of each launch has counted and traced, in the same order.
         executor: called with each Launch; what it raises reaches whoever called the compiled function.
         memory: its tensors and the registry of addresses.
     """
@@ -110,10 +109,14 @@ class Device:
     _lock = threading.Lock()
     _current: ClassVar[Device | None] = None
 
-    def __init__(self, arch: str, executor: Executor | None = None) -> None:
+    def __init__(self, arch: str, executor: Executor | None, options: Options) -> None:
         self.arch = architecture(arch)
-        self.executor: Executor = executor or no_machine
+        self.options = options
+        self.executor: Executor = executor or self.execute
         self.launches: list[Launch] = []
+        self.runs: list[Run] = []
+        self._programs: dict[tuple[str, str], Program] = {}
+        self._variables: dict[str, dict[str, int]] = {}
         self.memory = Memory()
         self._undo: ExitStack | None = None
         self._used = False
@@ -156,6 +159,75 @@ class Device:
         self.executor(launch)
         self.memory.check_guards()
 
+    def run_ptx(
+        self,
+        text: str,
+        *arguments: torch.Tensor | int | float | bytes,
+        grid: tuple[int, int, int] = (1, 1, 1),
+        block: tuple[int, int, int] = (32, 1, 1),
+        cluster: tuple[int, int, int] = (1, 1, 1),
+        shared_bytes: int = 0,
+        kernel: str | None = None,
+    ) -> Run:
+        """Launch a kernel given as PTX; this needs no `with` block.
+
+        Args:
+            text: a PTX module.
+            arguments: one for each parameter: a tensor of `empty`, `from_torch` or `register` for its address,
+                an integer, a float (for 4 bytes an f32), or the parameter's bytes.
+            grid, block, cluster, shared_bytes: as of Launch.
+            kernel: name of the `.entry`; may be left out if there is but one.
+        Returns:
+            The run, with its counters and trace.
+        """
+        module = Module("ptx", self.arch.name, text)
+        if kernel is None and len(module.kernels) != 1:
+            raise ValueError(f"kernel must name one of {', '.join(module.kernels)}, got None")
+        kernel = kernel or module.kernels[0]
+        if kernel not in module.kernels:
+            raise ValueError(f"kernel must be one of {', '.join(module.kernels)}, got {kernel!r}")
+        sizes = module.parameter_sizes[kernel]
+        if len(arguments) != len(sizes):
+            raise ValueError(f"{kernel} has {len(sizes)} parameters, got {len(arguments)} arguments")
+        parameters = tuple(map(parameter_bytes, arguments, sizes))
+        attributes = () if cluster == (1, 1, 1) else (("cluster_dimension", cluster),)
+        self.launch(
+            Launch(kernel, module, grid, block, cluster, shared_bytes, parameters, attributes=attributes)
+        )
+        return self.runs[-1]
+
+    def execute(self, launch: Launch) -> None:
+        """Execute one launch; raises what the kernel did wrong."""
+        program = self.program(launch.module, launch.kernel)
+        run = Run(launch, program, self.arch, self.memory, self.options, len(self.runs))
+        self.runs.append(run)
+        run.execute()
+
+    def program(self, module: Module, kernel: str) -> Program:
+        """A kernel made ready to run, once."""
+        key = (module.digest, kernel)
+        if key not in self._programs:
+            if module.digest not in self._variables:
+                self._variables[module.digest] = allocate(module, self)
+            try:
+                self._programs[key] = Program(module.parsed, kernel, self._variables[module.digest])
+            except EmulatorError as error:
+                raise in_kernel(error, kernel, None, None) from None
+        return self._programs[key]
+
+    @property
+    def counters(self) -> Counters:
+        """The counts of all launches together; those of one are `runs[i].counters`."""
+        total = Counters()
+        for run in self.runs:
+            total.update(run.counters)
+        return total
+
+    @property
+    def trace(self) -> Trace | None:
+        """The events of the last launch; None before the first, or with trace=False."""
+        return self.runs[-1].trace if self.runs else None
+
     def empty(
         self, shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32, *, name: str | None = None
     ) -> torch.Tensor:
@@ -179,7 +251,17 @@ class Device:
         return self.memory.registry.lookup(address, nbytes)
 
 
-def device(arch: str, executor: Executor | None = None) -> Device:
+def device(
+    arch: str,
+    *,
+    checks: str | Iterable[str] = "all",
+    mma: str = "exact",
+    seed: int = 0,
+    limit: int = 1_000_000_000,
+    strict: bool = True,
+    trace: bool = True,
+    executor: Executor | None = None,
+) -> Device:
     """A GPU in software, for the length of a `with` block.
 
     Inside, `cute.compile` and `@cute.jit` functions compile for this architecture, whatever was set or
@@ -189,10 +271,21 @@ def device(arch: str, executor: Executor | None = None) -> Device:
 
     Args:
         arch: "sm_90a", "sm_100a" or "sm_103a".
-        executor: called with each Launch, instead of the emulator's own machine.
+        checks: what to watch: "all", "none" or some of "initialised", "race", "proxy", "barriers", "leaks".
+            Bounds and alignment always are.
+        mma: "exact" sums in float64 and rounds once; "hardware" follows the published bit model.
+        seed: of the order in which warps run and asynchronous operations complete.
+        limit: warp-instructions that one launch may execute.
+        strict: global addresses must be of a registered tensor; otherwise memory that the process has mapped
+            for writing will do.
+        trace: record events for `Device.trace`.
+        executor: called with each Launch, instead of executing it.
 
     Raises:
-        ValueError: another architecture.
+        ValueError: another architecture, or an option that does not exist.
         EmulatorError: on entering, if a device is in use already.
     """
-    return Device(arch, executor)
+    if isinstance(checks, str):
+        checks = {"all": CHECKS, "none": ()}.get(checks, (checks,))
+    options = Options(frozenset(checks), mma, seed, limit, strict, trace)
+    return Device(arch, executor, options)

@@ -53,6 +53,8 @@ class Registry:
         self._extents: dict[int, Extent] = {}
         self._keys = itertools.count()
         self._sorted: list[Extent] | None = None
+        # Changes whenever the extents do.
+        self.generation = 0
         self._furthest: list[int] = []
 
     def add(self, extent: Extent) -> int:
@@ -60,18 +62,22 @@ class Registry:
         with self._lock:
             key = next(self._keys)
             self._extents[key] = extent
-            self._sorted = None
+            self._changed()
             return key
 
     def remove(self, key: int) -> None:
         with self._lock:
             if self._extents.pop(key, None) is not None:
-                self._sorted = None
+                self._changed()
 
     def clear(self) -> None:
         with self._lock:
             self._extents.clear()
-            self._sorted = None
+            self._changed()
+
+    def _changed(self) -> None:
+        self._sorted = None
+        self.generation += 1
 
     def extents(self) -> list[Extent]:
         """All extents by their start; a copy."""

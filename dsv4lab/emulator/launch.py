@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
+
+import torch
 
 from dsv4lab.emulator.architectures import SHARED_OPTIN, Architecture
 from dsv4lab.emulator.errors import EmulatorError
@@ -55,6 +58,19 @@ def launch_attribute(attribute: LaunchAttribute) -> tuple[str, tuple[int, ...]]:
     name, words = _LAUNCH_ATTRIBUTES.get(attribute.id, (f"attribute {attribute.id}", 16))
     # The rest of the union is whatever lay on the host code's stack.
     return name, tuple(attribute.value[:words])
+
+
+def parameter_bytes(argument: torch.Tensor | int | float | bytes, size: int) -> bytes:
+    """An argument as the bytes of a kernel parameter: of a tensor its address."""
+    if isinstance(argument, torch.Tensor):
+        argument = argument.data_ptr()
+    if isinstance(argument, float):
+        return struct.pack("<f" if size == 4 else "<d", argument)
+    if isinstance(argument, int):
+        return (argument % (1 << 8 * size)).to_bytes(size, "little")
+    if len(argument) != size:
+        raise ValueError(f"an argument has {len(argument)} bytes, and its parameter {size}")
+    return bytes(argument)
 
 
 def check_configuration(launch: Launch, arch: Architecture) -> None:

@@ -261,6 +261,16 @@ class Function:
     line: int
     defined: bool = True
 
+    def symbols(self) -> set[str]:
+        """Names of the variables and functions that its instructions mention."""
+        names = set()
+        for instruction in self.instructions:
+            for operand in instruction.operands:
+                base = operand.base if isinstance(operand, Memory) else operand
+                if isinstance(base, Symbol):
+                    names.add(base.name)
+        return names
+
     @property
     def parameter_bytes(self) -> int:
         """Size of the parameter block."""
