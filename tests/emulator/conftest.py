@@ -31,6 +31,12 @@ def gpu_kernels():
     return lambda name: importlib.import_module(f"gpu_kernels.{name}")
 
 
+@pytest.fixture(scope="session")
+def ptx_kernel():
+    """`kernel` of ptx_text beside this file: PTX around the body of a kernel."""
+    return _module("ptx_text").kernel
+
+
 def _module(name: str):
     return _load(name, Path(__file__).with_name(f"{name}.py"))
 

@@ -6,11 +6,11 @@ import cutlass
 import torch
 from cutlass import cute
 
-from .case import BLACKWELL, BOTH, ELEMENTS, Buffer, Case, output
+from .case import BLACKWELL, BOTH, Buffer, Case, output
+from .scales import E2M1, decode_e2m1
 
 THREADS, WIDTH = 64, 8
 
-E2M1 = torch.float4_e2m1fn_x2
 _E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -87,7 +87,7 @@ def _around_edges(target: torch.dtype) -> torch.Tensor:
 
 def to(source: torch.dtype, target: torch.dtype, x: torch.Tensor) -> torch.Tensor:
     """What the conversion instructions make of x."""
-    exact = from_e2m1(x) if source is E2M1 else x.double() if source.is_floating_point else x
+    exact = decode_e2m1(x) if source is E2M1 else x.double() if source.is_floating_point else x
     if target is E2M1:
         return to_e2m1(exact)
     if target is torch.float8_e8m0fnu:
@@ -99,13 +99,6 @@ def to(source: torch.dtype, target: torch.dtype, x: torch.Tensor) -> torch.Tenso
     if not target.is_floating_point:
         return exact.trunc().to(target) if exact.is_floating_point() else exact.to(target)
     return exact.float().to(target) if source.is_floating_point else exact.to(target)
-
-
-def from_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """float64 (2 n,) of n bytes, the low four bits first."""
-    codes = packed.view(torch.uint8).long()
-    codes = torch.stack([codes & 15, codes >> 4], 1).flatten()
-    return _E2M1_VALUES.double()[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
 
 
 def to_e2m1(x: torch.Tensor) -> torch.Tensor:
@@ -129,6 +122,3 @@ def to_e8m0(x: torch.Tensor) -> torch.Tensor:
     code = torch.where(x == 0, 0, code)
     code = torch.where(x.isfinite() & (code < 255), code, 255)
     return code.to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-assert set(ELEMENTS) >= {E2M1}
