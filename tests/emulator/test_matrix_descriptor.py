@@ -1,14 +1,16 @@
-"""Matrix descriptors: worked layouts of the PTX ISA, and every mode against CuTe's own layouts."""
+"""Matrix descriptors: worked layouts of the PTX ISA, and every mode against what CuTe makes."""
 
-from __future__ import annotations
+# No annotations from __future__: cute.kernel reads them as types.
+from dataclasses import replace
 
 import cutlass
 import ml_dtypes
 import numpy as np
 import pytest
-from cutlass import cute
+from cutlass import cute, memory
 from cutlass.cute.nvgpu import tcgen05
 
+from dsv4lab.emulator import ptx
 from dsv4lab.emulator.matrix_descriptor import (
     DescriptorError,
     MatrixDescriptor,
@@ -20,16 +22,25 @@ from dsv4lab.emulator.matrix_descriptor import (
 )
 
 KIND = tcgen05.SmemLayoutAtomKind
-# CuTe's atom, swizzle, its bits, base and shift; the widths of elements that the hardware takes.
+TYPES = {8: cutlass.Int8, 16: cutlass.Float16, 32: cutlass.Float32}
+# CuTe's atom, the swizzle's bits, base and shift, major, bits of an element, and in which order atoms follow.
 K_MAJOR = [
-    (KIND.K_INTER, "none", (0, 4, 3)), (KIND.K_SW32, "32B", (1, 4, 3)), (KIND.K_SW64, "64B", (2, 4, 3)),
-    (KIND.K_SW128, "128B", (3, 4, 3)),
+    (kind, function, "K", bits, (0, 1))
+    for kind, function in [(KIND.K_INTER, (0, 4, 3)), (KIND.K_SW32, (1, 4, 3)), (KIND.K_SW64, (2, 4, 3)),
+                           (KIND.K_SW128, (3, 4, 3))]
+    for bits in (8, 16, 32)
 ]  # fmt: skip
 MN_MAJOR = [
-    (KIND.MN_INTER, "none", (0, 4, 3)), (KIND.MN_SW32, "32B", (1, 4, 3)), (KIND.MN_SW64, "64B", (2, 4, 3)),
-    (KIND.MN_SW128, "128B", (3, 4, 3)),
+    (kind, function, "MN", bits, order)
+    for kind, function, widths in [
+        (KIND.MN_INTER, (0, 4, 3), (8, 16, 32)), (KIND.MN_SW32, (1, 4, 3), (8, 16)),
+        (KIND.MN_SW64, (2, 4, 3), (8, 16)), (KIND.MN_SW128, (3, 4, 3), (8, 16)),
+        (KIND.MN_SW128_32B, (2, 5, 2), (32,)),
+    ]
+    for bits in widths
+    for order in ((0, 1), (1, 0))
 ]  # fmt: skip
-TYPES = {8: cutlass.Int8, 16: cutlass.Float16, 32: cutlass.Float32}
+MODES = K_MAJOR + MN_MAJOR
 BASE = 3072
 
 
@@ -51,39 +62,68 @@ def crd2idx(coordinate, shape, stride):
     return total
 
 
-def cute_table(kind, element, rows, depth, order):
-    """Element offsets (rows, depth) that CuTe gives a tile, without swizzle."""
-    found = {}
+def tile_of(major, bits):
+    """Rows and columns of a tile of several instructions' K (of 32 bytes), and of several atoms' rows."""
+    depth = 32 * 8 // bits
+    return (24, 4 * depth) if major == "K" else (2 * 1024 // bits, 2 * depth)
+
+
+def cute_layout(kind, bits, major, order):
+    """CuTe's layout of the tile, and of the part that one instruction takes, in elements without swizzle."""
+    rows, columns = tile_of(major, bits)
+    outer = cute.tile_to_shape(
+        tcgen05.make_smem_layout_atom(kind, TYPES[bits]), (rows, max(columns, 8)), order
+    ).outer
+    return outer, cute.composition(outer, cute.make_layout((rows, 256 // bits), stride=(1, rows)))
+
+
+def cute_table(kind, bits, major, order):
+    """Offsets in elements (rows, columns) that CuTe gives a tile, without swizzle."""
+    found, (rows, columns) = {}, tile_of(major, bits)
 
     @cute.jit
     def host():
-        outer = cute.tile_to_shape(tcgen05.make_smem_layout_atom(kind, element), (rows, depth), order).outer
-        found.update(shape=outer.shape, stride=outer.stride, last=outer((rows - 1, depth - 1)))
+        outer, _ = cute_layout(kind, bits, major, order)
+        found.update(shape=outer.shape, stride=outer.stride, last=outer((rows - 1, columns - 1)))
 
     host()
-    (of_rows, of_columns), (row_step, column_step) = found["shape"], found["stride"]
-    table = crd2idx(np.arange(rows), of_rows, row_step)[:, None] + crd2idx(
-        np.arange(depth), of_columns, column_step
-    )
+    shape, stride = found["shape"], found["stride"]
+    table = crd2idx(np.arange(rows), shape[0], stride[0])[:, None]
+    table = table + crd2idx(np.arange(columns), shape[1], stride[1])
     assert table[-1, -1] == found["last"]
     return table
 
 
-def strides_of(table, major, mode, unit):
-    """Leading and stride byte offsets by their definitions in the PTX ISA, of a layout in elements."""
+@cute.kernel
+def _describe_kernel(out: cute.Tensor):
+    shared = memory.SmemAllocator().allocate(1024, byte_alignment=1024)
+    for i, (kind, function, major, bits, order) in enumerate(MODES):
+        pointer = cute.recast_ptr(shared, cute.make_swizzle(*function), dtype=TYPES[bits])
+        _, part = cute_layout(kind, bits, major, order)
+        # The descriptor is of the first mode: rows and K of one instruction.
+        part = cute.append(cute.group_modes(part, 0, 2), cute.make_layout(1))
+        out[i] = tcgen05.smem_descriptor_to_int(tcgen05.make_umma_smem_desc(pointer, part, major.lower()))
 
-    def distance(row, k):
-        inside = row < table.shape[0] and k < table.shape[1]
-        return int(table[row, k] - table[0, 0]) * unit if inside else 16
 
-    per_chunk = 16 // unit
-    if major == "K":
-        leading = distance(0, per_chunk) if mode == "none" else 16
-        return leading, distance(8, 0)
-    if mode == "none":
-        return distance(0, 8), distance(per_chunk, 0)
-    width = 128 if mode.startswith("128B") else int(mode[:-1])
-    return distance(width // unit, 0), distance(0, 4 if mode == "128B_atom32B" else 8)
+@cute.jit
+def describe(out: cute.Pointer):
+    """Stores the descriptor that CuTe makes of each of MODES."""
+    tensor = cute.make_tensor(out, cute.make_layout(len(MODES)))
+    _describe_kernel(tensor).launch(grid=(1, 1, 1), block=(32, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def descriptors(ptx_kernels):
+    """CuTe's descriptor of each of MODES with start address 0, read off the compiled kernel."""
+    text = ptx_kernels.launched("sm_100a", describe, ptx_kernels.pointer(cutlass.Int64)).module.ptx
+    found, constants = {}, {}
+    for ins in next(f for f in ptx.parse(text).functions if f.defined).instructions:
+        if ins.opcode == "or.b64":  # with the start address, which a kernel does not know
+            constants[ins.operands[0]] = ins.operands[2].value
+        elif ins.opcode.startswith("st.global."):
+            values = ins.operands[1] if isinstance(ins.operands[1], ptx.Vector) else [ins.operands[1]]
+            found.update({ins.operands[0].offset // 8 + i: constants[v] for i, v in enumerate(values)})
+    return [decode_tcgen05(found[i] & (1 << 64) - 1) for i in range(len(MODES))]
 
 
 # Worked layouts --------------------------------------------------------------------------------------------
@@ -157,40 +197,20 @@ def test_layouts_that_do_not_exist():
         chunk_offsets(MatrixDescriptor(1024 + 48, 16, 512, "64B"), 8, 2, "K")
 
 
-# Every mode against CuTe -----------------------------------------------------------------------------------
+# Every mode against CuTe ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize(("kind", "mode", "function"), K_MAJOR)
-def test_k_major_against_cute(kind, mode, function, bits):
-    """All 32-byte steps along K of a tile, as kernels advance the start address."""
-    unit, depth = bits // 8, 32 * 8 // bits
-    table = cute_table(kind, TYPES[bits], 24, 4 * depth, (0, 1))
-    leading, stride = strides_of(table, "K", mode, unit)
-    for k in range(0, 4 * depth, depth):
-        start = BASE + int(table[0, k]) * unit
-        descriptor = MatrixDescriptor(start, leading, stride, mode)
-        expected = swizzled(BASE + table[:, k : k + depth] * unit, *function)
-        np.testing.assert_array_equal(element_offsets(descriptor, 24, depth, bits, "K"), expected)
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize(
-    ("kind", "mode", "function", "bits"),
-    [(*mode, bits) for mode in MN_MAJOR for bits in (8, 16)]
-    + [(KIND.MN_INTER, "none", (0, 4, 3), 32), (KIND.MN_SW128_32B, "128B_atom32B", (2, 5, 2), 32)],
-)
-def test_mn_major_against_cute(kind, mode, function, bits, order):
-    """Atoms one after the other along the rows or along K."""
-    unit, depth = bits // 8, 32 * 8 // bits
-    rows = 2 * 128 // unit
-    table = cute_table(kind, TYPES[bits], rows, 2 * depth, order)
-    leading, stride = strides_of(table, "MN", mode, unit)
-    for k in (0, depth):
-        start = BASE + int(table[0, k]) * unit
-        descriptor = MatrixDescriptor(start, leading, stride, mode)
-        expected = swizzled(BASE + table[:, k : k + depth] * unit, *function)
-        np.testing.assert_array_equal(element_offsets(descriptor, rows, depth, bits, "MN"), expected)
+@pytest.mark.parametrize("mode", range(len(MODES)), ids=lambda i: "{0.name}-{3}-{4}".format(*MODES[i]))
+def test_every_mode_against_cute(mode, descriptors):
+    """CuTe's descriptor finds what lies where CuTe's layout says, at each step of 32 bytes along K."""
+    kind, function, major, bits, order = MODES[mode]
+    table, depth = cute_table(kind, bits, major, order), 256 // bits
+    for k in range(0, table.shape[1], depth):
+        # Kernels go along K by advancing the start address, before the swizzle.
+        descriptor = replace(descriptors[mode], start=BASE + int(table[0, k]) * bits // 8)
+        expected = swizzled(BASE + table[:, k : k + depth] * bits // 8, *function)
+        found = element_offsets(descriptor, len(table), depth, bits, major)
+        np.testing.assert_array_equal(found, expected)
 
 
 # Start addresses and base offset ---------------------------------------------------------------------------
