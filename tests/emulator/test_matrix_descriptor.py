@@ -160,6 +160,16 @@ def test_a_line_of_the_128_byte_swizzle():
     assert chunk_offsets(d, 16, 8, "K")[11, 0] == 2048 + 3 * 128 + 3 * 16
 
 
+def test_atoms_of_32_bytes_are_four_lines_high():
+    """In line 5 of an MN-major matrix, the second of its atom, pairs of chunks are swapped."""
+    d = MatrixDescriptor(start=1024, leading=4096, stride=2048, swizzle="128B_atom32B")
+    line = 1024 + 2048 + 128
+    assert chunk_offsets(d, 8, 10, "MN")[5].tolist() == [
+        *(line + 16 * c for c in (2, 3, 0, 1, 6, 7, 4, 5)),
+        *(line + 4096 + 16 * c for c in (2, 3)),
+    ]
+
+
 # Fields ----------------------------------------------------------------------------------------------------
 
 
