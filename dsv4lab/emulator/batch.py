@@ -24,7 +24,7 @@ def mask_of(bits: np.ndarray) -> np.ndarray:
 
 
 def _index(warps: np.ndarray) -> slice | np.ndarray:
-    """The rows of a register file: a slice where the warps are evenly spaced, which is read without a copy."""
+    """The rows of a register file: a slice, read without a copy, where warps are evenly spaced."""
     if len(warps) == 1:
         return slice(int(warps[0]), int(warps[0]) + 1)
     step = int(warps[1]) - int(warps[0])

@@ -173,8 +173,8 @@ class Device:
 
         Args:
             text: a PTX module.
-            arguments: one for each parameter: a tensor of `empty`, `from_torch` or `register` for its address,
-                an integer, a float (for 4 bytes an f32), or the parameter's bytes.
+            arguments: one for each parameter: a tensor of `empty`, `from_torch` or `register` for its
+                address, an integer, a float (for 4 bytes an f32), or the parameter's bytes.
             grid, block, cluster, shared_bytes: as of Launch.
             kernel: name of the `.entry`; may be left out if there is but one.
         Returns:

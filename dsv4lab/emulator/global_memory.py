@@ -134,7 +134,8 @@ def mapped(address: int, nbytes: int) -> bool:
     """Whether the process has mapped the bytes [address, address + nbytes) for reading and writing."""
     if not sys.platform.startswith("linux"):
         raise AddressError(
-            f"strict=False needs Linux's list of mapped memory to look up {address:#x}; register the tensor instead"
+            f"strict=False needs Linux's list of mapped memory to look up {address:#x}: "
+            "register the tensor instead"
         )
     reached = address
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""One wave of CTAs that are resident together: their memories, registers and clocks, and what is under way."""
+"""One wave of CTAs that are resident together: memories, registers, clocks, and what is under way."""
 
 from __future__ import annotations
 
@@ -230,5 +230,5 @@ class Machine:
         return len(self.run.pending)
 
     def cancel_cluster(self) -> tuple[int, int, int] | None:
-        """Take a cluster that has not begun out of the grid: the %ctaid of its first CTA, None if there is none."""
+        """Take a cluster that has not begun out of the grid: %ctaid of its first CTA, or None."""
         return self.run.pending.popleft() if self.run.pending else None

@@ -47,7 +47,7 @@ def text_at(batch: Batch, row: int, lane: int, address: int) -> str:
 
 
 def formatted(batch: Batch, row: int, lane: int, form: str, arguments: int) -> str:
-    """The text that printf makes of a format and of arguments packed at an address, each aligned to its size."""
+    """What printf makes of a format and of arguments packed at an address, each aligned to its size."""
     offset = 0
 
     def field(match: re.Match[str]) -> str:

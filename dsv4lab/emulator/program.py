@@ -1,7 +1,9 @@
-"""A kernel made ready to run: its PTX cut into blocks, what each instruction does, which registers outlive a block."""
+"""A kernel made ready to run: its blocks, what each instruction does, which registers outlive a block."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ class Block:
         number: its place in `Program.blocks`.
         body: (instruction, what it does), the branch at the end left out.
         end: that branch, or None where control just runs on.
-        targets: block numbers: of a `bra` its target, of a `brx` all of its targets; empty for an end of lanes.
+        targets: numbers of the blocks that its branch may go to; none where lanes end.
         following: the block behind it in the text.
         meeting: block at which lanes that part here meet again, -1 if they never do.
         waits: its one instruction may park rows.
@@ -85,7 +87,7 @@ class Program:
         self.addresses = addresses
         self.lines: dict[CodeType, list[Instruction | None]] = {}
         self.blocks = _blocks(self.function)
-        _liveness(self.blocks)
+        self._kept = _liveness(self.blocks)
         self.shared, self.static_shared, self.dynamic_align = _shared_layout(module, self.function)
         self.local, self.local_bytes = _local_layout(self.function)
         self.parameters = {p.name: p for p in self.function.parameters}
@@ -93,11 +95,8 @@ class Program:
     @cached_property
     def stored(self) -> list[tuple[int, str]]:
         """(index, storage class) of the registers that live from one block to another."""
-        live = 0
-        for block in self.blocks:
-            live |= block.live
         registers = self.function.registers
-        return [(r.index, register_class(r.type)) for r in registers if live >> r.index & 1]
+        return [(r.index, register_class(r.type)) for r in registers if self._kept >> r.index & 1]
 
     @cached_property
     def shared_granularity(self) -> int:
@@ -164,8 +163,9 @@ def registers_in(operand: Operand) -> Iterator[int]:
         yield from registers_in(operand.base)
 
 
-def _liveness(blocks: list[Block]) -> None:
-    """Fill in `live` of each block; sets of registers are the bits of Python integers."""
+def _liveness(blocks: list[Block]) -> int:
+    """Fill in `live` of each block; returns the registers that live from one block to another, or are read
+    before they are written. Sets of registers are the bits of Python integers."""
     reads, writes = zip(*(_uses(block) for block in blocks), strict=True)
     entering = list(reads)
     changed = True
@@ -182,6 +182,7 @@ def _liveness(blocks: list[Block]) -> None:
         # A row that is parked runs its block again.
         if block.waits:
             block.live |= entering[block.number]
+    return functools.reduce(operator.or_, (block.live for block in blocks), entering[0])
 
 
 def _uses(block: Block) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def _successors(block: Block) -> tuple[int, ...]:
 
 
 def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], int, int]:
-    """Offset of each shared variable that a kernel uses, bytes of the static part, alignment of the dynamic."""
+    """Offsets of the shared variables that a kernel uses, bytes of the static ones, alignment of the others."""
     names = function.symbols()
     variables = [v for v in (*module.globals, *function.variables) if v.space == "shared" and v.name in names]
     static = [v for v in variables if v.linkage != "extern"]

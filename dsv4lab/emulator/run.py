@@ -110,6 +110,8 @@ class Run:
                     Scheduler(Machine(self, self.program, first)).execute()
         finally:
             self._count()
+            # Its memory is the kernel's no longer.
+            del self.parameters
 
     def _resident(self) -> int:
         """Clusters of a wave: never fewer than a GPU holds with one CTA on each SM."""

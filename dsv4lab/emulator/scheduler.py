@@ -141,8 +141,8 @@ class Scheduler:
 
     def _limit(self) -> InstructionLimitError:
         return InstructionLimitError(
-            f"more than {self.machine.run.options.limit} warp-instructions were executed: the kernel runs for "
-            "ever, or `limit` is too small for it"
+            f"more than {self.machine.run.options.limit} warp-instructions were executed: the kernel "
+            "runs for ever, or `limit` is too small for it"
         )
 
     @staticmethod

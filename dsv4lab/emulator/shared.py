@@ -160,7 +160,7 @@ class SharedMemory:
     def _check_range(self, low: int, high: int) -> None:
         if low < 0 or high > self.size:
             raise AddressError(
-                f"the bytes of shared memory at offsets {low:#x} to {high:#x} lie outside the CTA's {self.size}"
+                f"the bytes of shared memory from {low:#x} to {high:#x} lie outside the CTA's {self.size}"
             )
 
     def read(self, cta: int, offsets: np.ndarray, by: Access | None) -> np.ndarray:

@@ -58,4 +58,4 @@ class Trace:
 
 
 class Counters(Counter):
-    """Counts of one launch: "instructions" (of warps), "instructions.<op>", "tma.load_bytes", "mma.flops", ..."""
+    """Counts of one launch: "instructions" (of warps), "instructions.add", "tma.load_bytes", "mma.flops"."""

@@ -1,8 +1,8 @@
 """Blocks of PTX as Python functions: one call on NumPy arrays for each instruction.
 
-The function of a block loads the registers it reads for all rows of a batch, passes values from instruction to
-instruction as local variables, and stores the registers that are read later. It comes in two forms: for
-batches with all lanes, which assign registers, and for the others, which store only the lanes that are there.
+The function of a block loads the registers it reads for all rows of a batch, passes values from one
+instruction to the next as local variables, and stores the registers that are read later. It comes in two
+forms: one for batches with all lanes, which assigns registers, and one that stores only the lanes there are.
 """
 
 from __future__ import annotations

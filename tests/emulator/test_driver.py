@@ -23,7 +23,7 @@ from cutlass.cutlass_dsl import CuTeDSL
 from cutlass.utils import HardwareInfo
 from nbclient import NotebookClient
 
-from dsv4lab.emulator import EmulatorError, MachineMissingError, UnsupportedRuntimeCall, device
+from dsv4lab.emulator import EmulatorError, UnsupportedRuntimeCall, device
 from dsv4lab.emulator.architectures import ARCHITECTURES
 
 BOTH = pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
@@ -39,21 +39,6 @@ def numbers(gpu, address: int, count: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
 
 
-def run_add(gpu):
-    """An executor that does what the kernel `add` does, from nothing but the captured parameters."""
-
-    def execute(launch) -> None:
-        vectors = []
-        for parameter in launch.parameters:
-            address, count = struct.unpack_from("<Qi", parameter)
-            vectors.append(numbers(gpu, address, count))
-        a, b, c = vectors
-        assert launch.grid == (-(-len(c) // launch.block[0]), 1, 1)
-        c[:] = a + b
-
-    return execute
-
-
 def dynamic(tensor: torch.Tensor):
     return from_dlpack(tensor).mark_layout_dynamic()
 
@@ -65,7 +50,6 @@ def pointer(tensor: torch.Tensor):
 @BOTH
 def test_the_captured_parameters_are_those_of_the_call(arch, kernels):
     with device(arch) as gpu:
-        gpu.executor = run_add(gpu)
         first = [gpu.from_torch(torch.randn(300)) for _ in range(3)]
         compiled = cute.compile(kernels.add, *map(dynamic, first))
         compiled(*map(dynamic, first))
@@ -83,7 +67,6 @@ def test_the_captured_parameters_are_those_of_the_call(arch, kernels):
 def test_jit_functions_launch_here_without_being_compiled_first(kernels):
     a, b, c = torch.randn(77), torch.randn(77), torch.zeros(77)
     with device("sm_100a") as gpu:
-        gpu.executor = run_add(gpu)
         kernels.add(dynamic(a), dynamic(b), dynamic(c))
     assert len(gpu.launches) == 1
     assert torch.equal(c, a + b)
@@ -92,7 +75,6 @@ def test_jit_functions_launch_here_without_being_compiled_first(kernels):
 def test_compiled_functions_take_torch_tensors_themselves(kernels):
     a, b, c = torch.randn(77), torch.randn(77), torch.zeros(77)
     with device("sm_100a") as gpu:
-        gpu.executor = run_add(gpu)
         cute.compile(kernels.add, *map(dynamic, (a, b, c)))(a, b, c)
         # What the DSL made of them was lent for the call.
         assert not gpu.memory.registry.extents()
@@ -123,7 +105,7 @@ def test_each_device_compiles_for_its_own_architecture(kernels):
     """One process, after cutlass was imported and read its environment."""
     targets = []
     for arch in ("sm_100a", "sm_90a", "sm_103a", "sm_100a"):
-        with device(arch, record) as gpu:
+        with device(arch, executor=record) as gpu:
             kernels.nothing()
             cute.compile(kernels.nothing)()
         for launch in gpu.launches:
@@ -134,7 +116,7 @@ def test_each_device_compiles_for_its_own_architecture(kernels):
 
 @BOTH
 def test_a_cluster_and_its_shared_memory_are_captured(arch, kernels):
-    with device(arch, record) as gpu:
+    with device(arch, executor=record) as gpu:
         out = gpu.empty(8, torch.int32)
         kernels.cluster_ranks(from_dlpack(out), 2, 1024)
     (launch,) = gpu.launches
@@ -146,7 +128,7 @@ def test_a_cluster_and_its_shared_memory_are_captured(arch, kernels):
 
 @BOTH
 def test_a_tma_descriptor_travels_as_a_parameter(arch, kernels):
-    with device(arch, record) as gpu:
+    with device(arch, executor=record) as gpu:
         source, target = gpu.empty((256, 96), name="source"), gpu.empty((64, 32))
         kernels.fetch_tile(from_dlpack(source, assumed_align=128), from_dlpack(target))
         (launch,) = gpu.launches
@@ -189,7 +171,7 @@ def test_what_the_executor_raises_reaches_the_caller_as_it_is(kernels):
         raise error
 
     x = torch.zeros(32)
-    with device("sm_100a", fail) as gpu:
+    with device("sm_100a", executor=fail) as gpu:
         compiled = cute.compile(kernels.scale_then_shift, pointer(x), 1.0, 1.0)
         with pytest.raises(KeyError) as raised:
             compiled(pointer(x), 1.0, 1.0)
@@ -219,17 +201,9 @@ def test_a_kernel_may_be_called_while_another_executes(kernels):
         assert len(gpu.launches) == 2
 
 
-def test_without_a_machine_a_launch_says_so(kernels):
-    with device("sm_100a") as gpu:
-        with pytest.raises(MachineMissingError, match="cannot execute kernels yet"):
-            kernels.nothing()
-        assert len(gpu.launches) == 1
-    assert issubclass(MachineMissingError, NotImplementedError)
-
-
 @pytest.mark.parametrize("through", ["call", "to", "executor"])
 def test_what_was_compiled_inside_refuses_to_run_outside(through, kernels):
-    with device("sm_100a", record) as gpu:
+    with device("sm_100a", executor=record) as gpu:
         compiled = cute.compile(kernels.nothing)
         if through == "executor":
             compiled = compiled.to(0)
@@ -238,7 +212,7 @@ def test_what_was_compiled_inside_refuses_to_run_outside(through, kernels):
     launched = len(gpu.launches)
     with pytest.raises(EmulatorError, match=r"compiled inside device\('sm_100a'\), which has been left"):
         compiled.to(0)() if through == "to" else compiled()
-    with device("sm_100a", record) as another, pytest.raises(EmulatorError, match="has been left"):
+    with device("sm_100a", executor=record) as another, pytest.raises(EmulatorError, match="has been left"):
         compiled.to(0)() if through == "to" else compiled()
     assert not another.launches and len(gpu.launches) == launched
 
@@ -260,7 +234,7 @@ def test_kernels_for_a_gpu_and_for_the_emulator_do_not_meet(kernels):
     run_for_real(kernels.nothing)  # leaves what it compiled in the DSL's cache
     executor = outside.to(0) if torch.cuda.is_available() else None
     arch = CuTeDSL._get_dsl().envar.arch
-    with device(arch if arch in ARCHITECTURES else "sm_100a", record) as gpu:
+    with device(arch if arch in ARCHITECTURES else "sm_100a", executor=record) as gpu:
         kernels.nothing()
         assert len(gpu.launches) == 1
         for function in filter(None, (outside, executor)):
@@ -293,7 +267,7 @@ def state_of_the_dsl() -> dict:
 def test_leaving_puts_everything_back(fails, kernels):
     before = state_of_the_dsl()
     try:
-        with device("sm_90a", record) as gpu:
+        with device("sm_90a", executor=record) as gpu:
             cute.compile(kernels.nothing)()
             kernels.nothing()
             (folder,) = {Path(CuTeDSL._get_dsl().envar.dump_dir)}
@@ -320,7 +294,7 @@ def test_tensors_are_device_tensors_inside_only():
 
 
 def test_only_one_device_at_a_time(kernels):
-    gpu = device("sm_100a", record)
+    gpu = device("sm_100a", executor=record)
     with gpu:
         with pytest.raises(EmulatorError, match=r"device\('sm_100a'\) is in use"), device("sm_90a"):
             pass
@@ -335,7 +309,7 @@ def test_only_one_device_at_a_time(kernels):
 
 
 def test_a_function_without_ptx_is_refused(kernels):
-    with device("sm_100a", record) as gpu:
+    with device("sm_100a", executor=record) as gpu:
         CuTeDSL._get_dsl().envar.keep_ptx = False
         with pytest.raises(EmulatorError, match="without keeping its PTX"):
             cute.compile(kernels.nothing)
@@ -345,7 +319,7 @@ def test_a_function_without_ptx_is_refused(kernels):
 
 
 def test_options_of_the_caller_still_count(kernels, tmp_path):
-    with device("sm_100a", record):
+    with device("sm_100a", executor=record):
         compiled = cute.compile(kernels.nothing, options=f"--dump-dir={tmp_path} --keep-cubin --keep-ptx")
         compiled()
         with pytest.raises(EmulatorError, match="another architecture than sm_100a"):
@@ -362,7 +336,7 @@ def test_options_of_the_caller_still_count(kernels, tmp_path):
     ],
 )
 def test_a_launch_that_a_gpu_would_refuse_is_refused(elements, cluster, smem, message, kernels):
-    with device("sm_100a", record) as gpu:
+    with device("sm_100a", executor=record) as gpu:
         out = gpu.empty(elements, torch.int32)
         with pytest.raises(EmulatorError, match=message):
             kernels.cluster_ranks(from_dlpack(out), cluster, smem)
@@ -402,7 +376,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("launch_kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
-with dsv4lab.emulator.device("sm_100a", lambda launch: None) as gpu:
+with dsv4lab.emulator.device("sm_100a", executor=lambda launch: None) as gpu:
     kernels.nothing()
 print(gpu.launches[0].module.ptx.split(".target ")[1].split()[0])
 try:

@@ -6,8 +6,8 @@ import numpy as np
 
 from dsv4lab.emulator.isa.registry import Pure, instruction, unsupported
 from dsv4lab.emulator.lane_types import bit_width
-from dsv4lab.emulator.windows import LOCAL_WINDOW, SHARED_WINDOW
 from dsv4lab.emulator.ptx import Instruction, Sink, Vector
+from dsv4lab.emulator.windows import LOCAL_WINDOW, SHARED_WINDOW
 
 _WORDS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
