@@ -32,8 +32,8 @@ def scales_to_tensor_memory(group: cutlass.Constexpr, source: cute.Tensor, targe
 
 @cute.kernel
 def _gemm(
-    mma: cute.TiledMma, mma_sfb: cute.TiledMma, loads: list, sources: list, layouts: list, store: cute.CopyAtom,
-    c: cute.Tensor, layout_c: cute.ComposedLayout, cluster: cute.Layout, cluster_sfb: cute.Layout,
+    mma: cute.TiledMma, mma_sfb: cute.TiledMma, loads: list, sources: list, layouts: list,
+    store: cute.CopyAtom, c: cute.Tensor, layout_c: cute.ComposedLayout, cluster: cute.Layout, cluster_sfb: cute.Layout,
     tiles: cute.Shape, tile: cutlass.Constexpr, vector: cutlass.Constexpr, elements: cutlass.Constexpr,
     accumulators: cutlass.Constexpr, stages: cutlass.Constexpr, mutation: cutlass.Constexpr,
 ):  # fmt: skip
@@ -323,7 +323,8 @@ def case(
     c = gemm_output(exact_a, exact_b, target, exact, align=128)
     buffers = [Buffer(t, align=128) for t in (a, b, sfa, sfb)]
     options = {
-        "tile": tile, "vector": vector, "clusters": clusters, "two": two, "stages": stages, "mutation": mutation
+        "tile": tile, "vector": vector, "clusters": clusters, "two": two, "stages": stages,
+        "mutation": mutation,
     }  # fmt: skip
     sizes = tuple(cutlass.Int32(size) for size in shape)
     return Case(gemm, (*buffers, c, *sizes), options, (BLACKWELL,))

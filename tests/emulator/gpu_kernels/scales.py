@@ -24,7 +24,7 @@ def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
     """Bytes of scales (M, blocks) in chunks of 128 rows by 4: 32 rows of 16 bytes, 4 of each of 4 row groups.
 
-    Rows and columns are filled up with zero bytes to whole chunks; chunks of the same rows follow one another.
+    Rows and columns are filled up with zero bytes to whole chunks; chunks of the same rows are neighbours.
     """
     rows, columns = scales.shape
     whole = torch.zeros(-(-rows // 128) * 128, -(-columns // 4) * 4, dtype=torch.uint8)

@@ -50,8 +50,8 @@ def store_tile(
 def _gemm(
     mma: cute.TiledMma, load_a: cute.CopyAtom, a: cute.Tensor, load_b: cute.CopyAtom, b: cute.Tensor,
     c: cute.Tensor, layout_a: cute.ComposedLayout, layout_b: cute.ComposedLayout, seen: cute.ComposedLayout,
-    cluster: cute.Layout, element: cutlass.Constexpr, sums: cutlass.Constexpr, tile: cutlass.Constexpr, op: cutlass.Constexpr,
-    mutation: cutlass.Constexpr,
+    cluster: cute.Layout, element: cutlass.Constexpr, sums: cutlass.Constexpr, tile: cutlass.Constexpr,
+    op: cutlass.Constexpr, mutation: cutlass.Constexpr,
 ):  # fmt: skip
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     x, n, _ = cute.arch.block_idx()
@@ -114,19 +114,18 @@ def _gemm(
             cute.copy(load_a, gmem_a[at], smem_a[into], tma_bar_ptr=empty.barrier, mcast_mask=masks[0])
             cute.copy(load_b, gmem_b[at], smem_b[into], tma_bar_ptr=empty.barrier, mcast_mask=masks[1])
         producer.tail()
-    elif warp == 1:
-        if half == 0:
-            slot = multiplier.acquire_and_advance()
-            mma.set(tcgen05.Field.ACCUMULATE, False)
-            for _ in cutlass.range(steps, unroll=1):
-                full = consumer.wait_and_advance()
-                for k in cutlass.range_constexpr(cute.size(ra, mode=[2])):
-                    block = (None, None, k, full.index)
-                    cute.gemm(mma, accumulator, ra[block], rb[block], accumulator)
-                    mma.set(tcgen05.Field.ACCUMULATE, True)
-                if cutlass.const_expr(mutation != "arrive"):
-                    full.release()
-            slot.commit()
+    elif warp == 1 and half == 0:
+        slot = multiplier.acquire_and_advance()
+        mma.set(tcgen05.Field.ACCUMULATE, False)
+        for _ in cutlass.range(steps, unroll=1):
+            full = consumer.wait_and_advance()
+            for k in cutlass.range_constexpr(cute.size(ra, mode=[2])):
+                block = (None, None, k, full.index)
+                cute.gemm(mma, accumulator, ra[block], rb[block], accumulator)
+                mma.set(tcgen05.Field.ACCUMULATE, True)
+            if cutlass.const_expr(mutation != "arrive"):
+                full.release()
+        slot.commit()
     tmem.relinquish_alloc_permit()
     done = reader.wait_and_advance()
     inner = ((None, None), 0, 0)
@@ -186,8 +185,8 @@ def gemm(
         op = tcgen05.Ld16x256bOp(tcgen05.Repetition.x2)
     grid = cute.round_up((cute.ceil_div(m, rows), cute.ceil_div(n, tile[1]), 1), (*cluster, 1))
     _gemm(
-        mma, load_a.atom, load_a.tma_tensor, load_b.atom, load_b.tma_tensor, tc, layout_a, layout_b, seen, vmnk,
-        element, sums, tile, op, mutation,
+        mma, load_a.atom, load_a.tma_tensor, load_b.atom, load_b.tma_tensor, tc, layout_a, layout_b, seen,
+        vmnk, element, sums, tile, op, mutation,
     ).launch(grid=grid, block=(128, 1, 1), cluster=(*cluster, 1))  # fmt: skip
 
 
