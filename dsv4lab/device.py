@@ -51,7 +51,8 @@ def supports(what: str) -> Status:
         digits = what.removeprefix("sm_").removesuffix("a")
         return _capability(((int(digits[:-1]), int(digits[-1])),))
     if what == "emulator":
-        return Status(False, "the emulator is not written yet")
+        found = cutlass_dsl_version()
+        return Status(True) if found else Status(False, "nvidia-cutlass-dsl is not installed")
     if what in CAPABILITIES:
         return _kernel_backend(what)
     known = ", ".join((*BACKENDS, "cuda", *ARCHITECTURES))

@@ -12,10 +12,16 @@ def test_reference_runs_anywhere():
     assert device.supports("reference") and device.supports("reference").reason == ""
 
 
-@pytest.mark.parametrize("what", ["hopper", "blackwell", "emulator"])
+@pytest.mark.parametrize("what", ["hopper", "blackwell"])
 def test_backends_without_kernels_say_so(what):
     status = device.supports(what)
     assert not status and "not written yet" in status.reason
+
+
+def test_the_emulator_needs_the_compiler_alone(monkeypatch):
+    assert device.supports("emulator")
+    monkeypatch.setattr(device, "cutlass_dsl_version", lambda: None)
+    assert device.supports("emulator").reason == "nvidia-cutlass-dsl is not installed"
 
 
 @pytest.mark.parametrize("what", ["cuda", "sm_90a", "sm_100a", "sm_103a"])

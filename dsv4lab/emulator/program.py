@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv4lab.emulator.control_flow import analyse, branch_targets
 from dsv4lab.emulator.errors import EmulatorError, at_instruction
+from dsv4lab.emulator.inline import inlined
 from dsv4lab.emulator.isa import registry
 from dsv4lab.emulator.lane_types import register_class
 from dsv4lab.emulator.ptx import (
@@ -28,6 +29,8 @@ from dsv4lab.emulator.ptx import (
 
 # Shared memory that the system keeps at the start of every CTA's window since sm_90.
 RESERVED_SHARED = 1024
+# Types whose unsuffixed mul and add may become one fma (PTX ISA, "add", "mul").
+_FUSED = ("f32", "f32x2", "f64", "f16", "f16x2", "bf16", "bf16x2")
 _TERMINATORS = ("bra", "brx", "ret", "exit", "trap")
 
 
@@ -68,6 +71,19 @@ class Block:
         ends = [self.end.opcode] if self.end else []
         return Counter([ins.opcode for ins, _ in self.body] + ends)
 
+    @cached_property
+    def fusable(self) -> int:
+        """Sums of a product which ptxas may fuse, since neither says how to round; here they never are."""
+        products: set[int] = set()
+        pairs = 0
+        for ins, action in self.body:
+            free = ins.modifiers[-1] in _FUSED and not set(ins.modifiers) & {"rn", "rz", "rm", "rp"}
+            read = {r for operand, _ in action.reads for r in registers_in(operand)}
+            pairs += free and ins.op in ("add", "sub") and bool(read & products)
+            written = {o.index for o, _ in action.writes if isinstance(o, Register)}
+            products = products | written if free and ins.op == "mul" else products - written
+        return pairs
+
 
 class Program:
     """One kernel of a module, translated.
@@ -83,7 +99,7 @@ class Program:
     def __init__(self, module: Module, kernel: str, addresses: dict[str, int]) -> None:
         self.kernel = kernel
         self.module = module
-        self.function = module.function(kernel)
+        self.function = inlined(module, module.function(kernel))
         self.addresses = addresses
         self.lines: dict[CodeType, list[Instruction | None]] = {}
         self.blocks = _blocks(self.function)
@@ -218,7 +234,7 @@ def _successors(block: Block) -> tuple[int, ...]:
 
 
 def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], int, int]:
-    """Offsets of the shared variables that a kernel uses, bytes of the static ones, alignment of the others."""
+    """Offsets of the shared variables that a kernel uses, bytes of the static ones, alignment of others."""
     names = function.symbols()
     variables = [v for v in (*module.globals, *function.variables) if v.space == "shared" and v.name in names]
     static = [v for v in variables if v.linkage != "extern"]

@@ -132,5 +132,7 @@ class Run:
         self.counters["instructions"] = self.executed
         for block, rows in zip(self.program.blocks, self.rows, strict=True):
             if rows:
+                if block.fusable:
+                    self.counters["fusable_mul_add"] += block.fusable * rows
                 for opcode, count in block.opcodes.items():
                     self.counters[f"instructions.{opcode.partition('.')[0]}"] += count * rows

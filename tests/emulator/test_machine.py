@@ -403,7 +403,7 @@ def test_a_barrier_that_nobody_else_reaches_is_a_deadlock(ptx_kernel):
  @%p1 bra OTHER;
  bar.sync 1, 64;
 OTHER:
- bar.sync 2, 96;
+ bar.sync 2, 64;
 """
     x = torch.zeros(1, dtype=torch.int32)
     error = failing(ptx_kernel(body), DeadlockError, x, x, block=(64, 1, 1))
@@ -436,6 +436,20 @@ def test_parameters_are_no_longer_readable_after_the_launch(ptx_kernel):
     assert len(gpu.memory.registry.extents()) == before
     with pytest.raises(EmulatorError):
         gpu.lookup(int(x), 8)
+
+
+def test_products_that_ptxas_may_fuse_with_a_sum_are_counted(ptx_kernel):
+    body = """
+ mov.f32 %f1, 0f3F800000;
+ mul.f32 %f2, %f1, %f1; add.f32 %f3, %f2, %f1;
+ mul.rn.f32 %f4, %f1, %f1; add.f32 %f5, %f4, %f1;
+ mul.f32 %f6, %f1, %f1; sub.rn.f32 %f7, %f6, %f1;
+ mul.f32 %f8, %f1, %f1; mov.f32 %f8, %f1; sub.f32 %f9, %f8, %f1;
+ mul.f32 %f10, %f1, %f1; sub.f32 %f11, %f1, %f10;
+"""
+    x = torch.zeros(1)
+    done, _ = run(ptx_kernel(body), x, x, block=(64, 1, 1))
+    assert done.counters["fusable_mul_add"] == 2 * 2
 
 
 def test_lane_masks_and_bits():
