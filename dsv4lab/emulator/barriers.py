@@ -210,6 +210,10 @@ class Barriers:
         """Number of the current phase, from 0."""
         return self._live(cta, offset, "asked for its phase").phase
 
+    def pending(self, cta: int, offset: int) -> int:
+        """Arrivals that the current phase still needs."""
+        return self._live(cta, offset, "asked for its pending count").pending
+
     def describe(self, cta: int, offset: int) -> str:
         """Address, phase and counts, for messages; also of a barrier that is not there."""
         barrier = self._barriers.get((cta, offset))

@@ -1,0 +1,124 @@
+"""mbarrier.test_wait and mbarrier.try_wait.
+
+A try_wait that finds its phase incomplete answers false the first time a warp asks at that instruction for
+that phase, since pipelines peek at stages that only their own later steps fill. Asked again, it parks the row
+until the phase is complete. test_wait never parks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4lab.emulator.barriers import Barriers
+from dsv4lab.emulator.errors import EmulatorError, at
+from dsv4lab.emulator.isa.registry import Effect, Wait
+from dsv4lab.emulator.ptx import Instruction
+from dsv4lab.emulator.shared_address import locate, space_of
+from dsv4lab.emulator.waits import Waits
+
+if TYPE_CHECKING:
+    from dsv4lab.emulator.batch import Batch
+    from dsv4lab.emulator.machine import Machine
+
+
+class _Attempts:
+    """What each warp has asked for in vain: (instruction, barrier, phase) by warp."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.failed: dict[int, set[tuple]] = {}
+
+    def again(self, warp: int, question: tuple) -> bool:
+        """Whether the warp has asked this before; if not, it has now."""
+        asked = self.failed.setdefault(warp, set())
+        if question in asked:
+            return True
+        asked.add(question)
+        return False
+
+    def forget(self, warp: int, line: int) -> None:
+        """The warp goes on from an instruction."""
+        asked = self.failed.get(warp)
+        if asked:
+            self.failed[warp] = {question for question in asked if question[0] != line}
+
+
+def wait(ins: Instruction, may_park: bool) -> Effect:
+    """waitComplete, [addr], state | phaseParity {, suspendTimeHint}."""
+    complete, address, wanted, *_ = ins.operands
+    parity = "parity" in ins.modifiers
+    waiter = _Waiter(ins, parity, may_park)
+    reads = ((address, "address"), (wanted, "u32" if parity else "u64"))
+    return (Wait if may_park else Effect)(waiter.wait, reads, ((complete, "pred"),))
+
+
+class _Waiter:
+    """One wait instruction."""
+
+    def __init__(self, ins: Instruction, parity: bool, may_park: bool) -> None:
+        self.ins, self.may_park = ins, may_park
+        self.space = space_of(ins)
+        self.acquire = "relaxed" not in ins.modifiers
+        self.completed = Barriers.completed if parity else Barriers.completed_token
+        self.parity = parity
+
+    def wait(self, batch: Batch, mask: np.ndarray, addresses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Which lanes' phases are complete."""
+        answer = np.zeros(mask.shape, np.bool_)
+        for row in np.flatnonzero(mask.any(1)).tolist():
+            try:
+                self._row(batch, row, mask[row], addresses[row], wanted[row], answer[row])
+            except EmulatorError as error:
+                at(error, row)
+                raise
+        return answer
+
+    def _row(
+        self, batch: Batch, row: int, mask: np.ndarray, addresses: np.ndarray, wanted: np.ndarray, answer
+    ) -> None:
+        machine, warp = batch.machine, int(batch.warps[row])
+        barriers, open_ = machine.state(Barriers), []
+        done = False
+        for address, want in set(zip(addresses[mask].tolist(), wanted[mask].tolist(), strict=True)):
+            where = locate(machine, int(batch.ctas[row]), address, self.space)
+            if self.completed(barriers, *where, want, warp):
+                answer |= mask & (addresses == address) & (wanted == want)
+                self._go_on(machine, barriers, where, warp)
+                done = True
+            else:
+                open_.append((where, want))
+        if not self.may_park:
+            return
+        attempts = machine.state(_Attempts)
+        if done:
+            attempts.forget(warp, self.ins.line)
+        elif self._asked_before(attempts, barriers, warp, open_):
+            self._park(batch, row, barriers, open_)
+
+    def _go_on(self, machine: Machine, barriers: Barriers, where: tuple[int, int], warp: int) -> None:
+        until = barriers.acquire(*where, warp, self.acquire)
+        machine.state(Waits).done(warp, self.ins, until, barrier=where[1], phase=barriers.phase(*where) - 1)
+
+    def _asked_before(self, attempts: _Attempts, barriers: Barriers, warp: int, open_: list) -> bool:
+        before = True
+        for where, want in open_:
+            question = (self.ins.line, *where, want, barriers.phase(*where))
+            before &= attempts.again(warp, question)
+        return before
+
+    def _park(self, batch: Batch, row: int, barriers: Barriers, open_: list) -> None:
+        """Until one of the phases is complete."""
+        key = ("mbarrier", *open_[0][0])
+        if len(open_) > 1:
+            key = ("mbarriers", int(batch.warps[row]), self.ins.line)
+            for where, _ in open_:
+                barriers.also_wake(*where, key)
+
+        def describe() -> str:
+            return "; ".join(
+                f"parity {want} of {barriers.describe(*where)}" if self.parity else barriers.describe(*where)
+                for where, want in open_
+            )
+
+        batch.machine.state(Waits).park(batch, row, self.ins, key, describe)

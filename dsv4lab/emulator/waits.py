@@ -1,0 +1,50 @@
+"""Rows that wait for a barrier: counted, and traced from when they were parked until they go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+from dsv4lab.emulator.ptx import Instruction
+
+if TYPE_CHECKING:
+    from dsv4lab.emulator.batch import Batch
+    from dsv4lab.emulator.machine import Machine
+
+
+class Reason:
+    """Says what a row waits for at the moment when somebody asks: the barrier's counts as they are then."""
+
+    def __init__(self, describe: Callable[[], str]) -> None:
+        self._describe = describe
+
+    def __str__(self) -> str:
+        return self._describe()
+
+
+class Waits:
+    """The rows of a wave that wait for barriers; `machine.state(Waits)` is the one of a machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._since: dict[tuple[int, int], int] = {}
+
+    def park(
+        self, batch: Batch, row: int, ins: Instruction, key: Hashable, describe: Callable[[], str]
+    ) -> None:
+        """Park a row at an instruction; `describe` is asked for the reason if nothing can go on."""
+        warp = int(batch.warps[row])
+        if (warp, ins.line) not in self._since:
+            self._since[warp, ins.line] = int(self.machine.time[warp])
+            self.machine.counters["barrier.parked"] += 1
+        batch.park(row, key, Reason(describe))
+
+    def done(self, warp: int, ins: Instruction, until: int, **detail: Any) -> None:
+        """A warp's wait is over at model time `until` or before: count it, and trace it if it was parked."""
+        machine = self.machine
+        machine.time[warp] = end = max(int(machine.time[warp]), until)
+        machine.counters["barrier.waits"] += 1
+        start = self._since.pop((warp, ins.line), None)
+        if start is not None and machine.trace is not None:
+            cta, inside = divmod(warp, machine.warps_per_cta)
+            machine.trace.add("wait", cta, inside, start, end, ins.line, ins.text.strip(), **detail)
