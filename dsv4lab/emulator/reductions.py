@@ -1,8 +1,9 @@
 """What the memory system computes when TMA and bulk copies reduce into memory.
 
 Where the PTX ISA leaves bits open they are those that an H200 was seen to write (driver 580, 2026-11): a sum
-that is NaN is all ones but its sign; min and max take the number rather than a NaN, and order -0 below +0; an
-f32 sum keeps subnormals (the ISA says that it flushes them, and so does the tensor type f32.ftz).
+that is NaN is all ones but its sign (of f64, the NaN that came in); min and max take the number rather than a
+NaN, and order -0 below +0; an f32 sum keeps subnormals (the ISA says that it flushes them, and that of the
+tensor type f32.ftz does).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _result(operation: str, type_: str, old: np.ndarray, new: np.ndarray) -> np.
 
 def _sum(type_: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     if type_ == "bf16":
-        # 24 bits of an exact-enough sum: rounding them again to 8 gives the sum rounded once.
+        # With 24 bits, rounding the sum again to 8 gives what rounding once would.
         total = (old.astype(np.uint32) << 16).view(np.float32) + (new.astype(np.uint32) << 16).view(
             np.float32
         )
@@ -85,8 +86,9 @@ def _sum(type_: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(total), np.uint16(0x7FFF), rounded)
     if type_ == "f32.ftz":
         return _nan(_flushed(_flushed(old) + _flushed(new)))
-    total = old + new
-    return _nan(total) if total.dtype.kind == "f" else total
+    if type_ == "f64":
+        return np.where(np.isnan(old), old, np.where(np.isnan(new), new, old + new))
+    return _nan(old + new) if old.dtype.kind == "f" else old + new
 
 
 def _nan(total: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ where the swizzle permutes them. Facts that the PTX ISA leaves open were read of
   and what is between them is not touched; only the data counts as transaction bytes.
 - The NaN that fills what is outside of the tensor has the bits 0x7ff7 in every 16.
 - Loads of tf32 round to nearest even at 10 bits of mantissa, any NaN to 0x7fffe000; `.ftz` flushes nothing.
+- Stores and reductions work in 16 bytes: where rows of the tensor end within 16, they write to the end of
+  those. Loads fill from the very element on.
 
 Padding that a load of b4x16_p64 or b6x16_p32 puts into shared memory is undefined: 0xFF here. It does not
 count as transaction bytes.
@@ -35,8 +37,7 @@ NAN_FILL = 0x7FF7
 PADDING = 0xFF
 # Bytes of data and of padding that follow one another in shared memory.
 _PADDED = {"b4x16_p64": (8, 8), "b6x16_p32": (12, 4)}
-# Types that a coordinate of the innermost dimension must be a multiple of.
-_COORDINATES = {"b4x16": 2, "b4x16_p64": 128, "b6x16_p32": 128}
+GRANULE = 16  # bytes in global memory that a box starts at a multiple of, and that stores write whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,16 @@ def rows_of(box: Box, count: int) -> Box:
     return Box(box.map, box.counts, box.steps, count, box.row_bytes, box.shared_row_bytes, box.pitch)
 
 
-def check_coordinates(box: Box, coordinates: Sequence[int]) -> None:
-    """Raise TensorMapError unless the innermost coordinate is one that the element type allows."""
-    multiple = _COORDINATES.get(box.map.element, 1)
+def check_coordinates(box: Box, coordinates: Sequence[int], store: bool = False) -> None:
+    """Raise TensorMapError for coordinates at which the TMA unit stops with an illegal instruction."""
+    element = box.map.element
+    multiple = 128 if element in _PADDED else 8 * GRANULE // box.map.bits
     if coordinates[0] % multiple:
         raise TensorMapError(
-            f"coordinate 0 must be a multiple of {multiple} for {box.map.element}, got {coordinates[0]}"
+            f"coordinate 0 must be a multiple of {multiple} for {element}, got {coordinates[0]}"
         )
+    if store and min(coordinates) < 0:
+        raise TensorMapError(f"the coordinates of a store must not be negative, got {tuple(coordinates)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +157,8 @@ class _Window:
             row[:] = value
 
 
-def _window(box: Box, coordinates: Sequence[int]) -> _Window | None:
-    """What of a box lies in the tensor; None if nothing does."""
+def _window(box: Box, coordinates: Sequence[int], store: bool = False) -> _Window | None:
+    """What of a box lies in the tensor, for a store with what it writes besides; None if nothing does."""
     map_ = box.map
     address, shape, strides, place = map_.address, [], [], []
     dimensions = zip(coordinates, map_.shape, box.counts, box.steps, (0, *map_.strides), strict=True)
@@ -165,6 +169,7 @@ def _window(box: Box, coordinates: Sequence[int]) -> _Window | None:
             return None
         if not place:  # in bytes, of which an element may be a part
             first, stop = first * map_.bits // 8, stop * map_.bits // 8
+            stop = -(-stop // GRANULE) * GRANULE if store else stop
             address += at * map_.bits // 8 + first
         else:
             address += (at + first * step) * stride
@@ -200,8 +205,8 @@ def load(box: Box, memory: GlobalMemory, coordinates: Sequence[int]) -> np.ndarr
 
 
 def store(box: Box, memory: GlobalMemory, coordinates: Sequence[int], tile: np.ndarray) -> int:
-    """Write a tile (rows, shared_row_bytes) uint8 where it lies in the tensor; returns how many bytes."""
-    window = _window(box, coordinates)
+    """Write a tile (rows, shared_row_bytes) uint8 where it lies in the tensor; returns the bytes written."""
+    window = _window(box, coordinates, store=True)
     if window is None:
         return 0
     if box.map.element == "b6x16_p32":
@@ -214,7 +219,7 @@ def reduce(
     box: Box, memory: GlobalMemory, coordinates: Sequence[int], tile: np.ndarray, operation: str
 ) -> int:
     """Combine a tile with the tensor in place, as `store`."""
-    window = _window(box, coordinates)
+    window = _window(box, coordinates, store=True)
     if window is None:
         return 0
     values = tile.reshape(*box.counts[:0:-1], box.row_bytes)[window.place]

@@ -29,7 +29,7 @@ F16_ADD = [
 F16_MIN = [
     (0x3C00, 0x1400, 0x1400), (0x8001, 0x0001, 0x8001), (0x7C00, 0xFC00, 0xFC00), (0x7E01, 0x3C00, 0x3C00),
     (0x0000, 0x8000, 0x8000), (0x8000, 0x0000, 0x8000), (0xFE55, 0x3C00, 0x3C00), (0x0400, 0x83FF, 0x83FF),
-    (0x8400, 0x03FF, 0x8400), (0x3C00, 0x7E01, 0x3C00),
+    (0x8400, 0x03FF, 0x8400), (0x3C00, 0x7E01, 0x3C00), (0x7E01, 0x7E02, 0x7FFF), (0x7C01, 0xFC01, 0x7FFF),
 ]  # fmt: skip
 F16_MAX = [
     (0x3C00, 0x1400, 0x3C00), (0x8001, 0x0001, 0x0001), (0x7C00, 0xFC00, 0x7C00), (0x7D01, 0x3C00, 0x3C00),
@@ -50,6 +50,7 @@ F32_ADD = [
 F32_FTZ_ADD = [
     (1, 1, 0), (0x80000001, 1, 0), (0x00800000, 0x807FFFFF, 0x00800000), (0x80800000, 0x00FFFFFF, 0),
     (0x00400000, 0x00400000, 0), (0, 0x80000001, 0), (0x7F800000, 0xFF800000, 0x7FFFFFFF),
+    (0x80000001, 0x80000001, 0x80000000), (1, 0x00800000, 0x00800000),
 ]  # fmt: skip
 U32_INC = [(0, 0, 0), (1, 1, 0), (5, 3, 0), (7, 8, 8), (7, 7, 0), (0, 1, 1), (3, 0xFFFFFFFF, 4)]
 U32_DEC = [(0, 0, 0), (1, 1, 0), (2, 1, 1), (5, 3, 3), (0xFFFFFFFF, 1, 1), (7, 8, 6), (7, 0, 0), (0, 5, 5)]
@@ -108,6 +109,12 @@ def test_integers(type_, dtype):
 
 
 def test_doubles():
+    quiet, negative, signalling = 0x7FF8000000000001, 0xFFF8000000000001, 0x7FF0000000000123
+    one, infinity = 0x3FF0000000000000, 0x7FF0000000000000
+    rows = [(quiet, one, quiet), (negative, one, negative), (one, signalling, signalling)]
+    rows.append((infinity, infinity | 1 << 63, 0xFFF8000000000000))
+    old, new, expected = zip(*rows, strict=True)
+    assert combined("add", "f64", old, new, np.uint64) == list(expected)
     assert combined("add", "f64", [1.0, 5e-324], [2.0**-53, 5e-324], np.float64) == [1.0, 1e-323]
 
 

@@ -119,6 +119,13 @@ def _random_map(rng, address, element, swizzle, fill):
     )
 
 
+def random_coordinates(rng, tm, boxes):
+    """Where a box may start, from so many boxes before the tensor on; the first a multiple of 16 bytes."""
+    coordinates = [rng.randint(boxes * b, n) for b, n in zip(tm.box, tm.shape, strict=True)]
+    unit = 128 // ELEMENTS[tm.element].bits
+    return [coordinates[0] // unit * unit, *coordinates[1:]]
+
+
 # Worked boxes ----------------------------------------------------------------------------------------------
 
 
@@ -140,31 +147,33 @@ def test_a_box_of_128_bytes_by_8_rows():
 
 
 def test_outside_is_filled_element_by_element():
-    """A 13-element row at coordinate 9: four elements and zeros, from negative rows on."""
+    """Rows of 13 elements from coordinate 8 on: five elements and zeros, from negative rows on."""
     tensor = Tensor(7 * 32)
     values = np.arange(7 * 16, dtype=np.uint16).reshape(7, 16)
     tensor.bytes[:] = values.view(np.uint8).reshape(-1)
     box = box_of(address=tensor.address, element="u16", shape=(13, 7), strides=(32,), box=(8, 4))
-    tile = tma.load(box, tensor.memory, (9, -2)).view(np.uint16)
-    assert tile.tolist() == [[0] * 8, [0] * 8, [9, 10, 11, 12, 0, 0, 0, 0], [25, 26, 27, 28, 0, 0, 0, 0]]
+    tile = tma.load(box, tensor.memory, (8, -2)).view(np.uint16)
+    inside = [[8, 9, 10, 11, 12, 0, 0, 0], [24, 25, 26, 27, 28, 0, 0, 0]]
+    assert tile.tolist() == [[0] * 8, [0] * 8, *inside]
     assert box.nbytes == 64  # what is filled counts as transaction bytes
-    tile = tma.load(box, tensor.memory, (-5, 5)).view(np.uint16)
-    assert (
-        tile[:2].tolist() == [[0, 0, 0, 0, 0, 80, 81, 82], [0, 0, 0, 0, 0, 96, 97, 98]] and not tile[2:].any()
-    )
-    for far in ((-(2**31), 0), (2**31 - 1, 0), (0, 7), (13, 0), (-8, 0)):
+    wide = box_of(address=tensor.address, element="u16", shape=(13, 7), strides=(32,), box=(24, 2))
+    tile = tma.load(wide, tensor.memory, (-8, 6)).view(np.uint16)
+    assert tile.tolist() == [[0] * 8 + list(range(96, 109)) + [0] * 3, [0] * 24]
+    for far in ((-(2**31), 0), (2**31 - 1, 0), (0, 7), (16, 0), (-8, 0)):
         assert not tma.load(box, tensor.memory, far).any()
 
 
 @pytest.mark.parametrize("element", ["f16", "bf16", "f32", "f64", "f32.ftz", "tf32"])
 def test_nan_fill_has_the_bits_of_hardware(element):
     tensor = Tensor(256)
+    tensor.bytes[:] = 0
     box = box_of(
         address=tensor.address, element=element, shape=(4, 2), strides=(64,), box=(16, 2), fill="nan"
     )
-    tile = tma.load(box, tensor.memory, (2, 1))
+    tile = tma.load(box, tensor.memory, (0, 1))
     size = ELEMENTS[element].bits // 8
-    assert (tile[0, 2 * size :].view(np.uint16) == 0x7FF7).all() and (tile[1].view(np.uint16) == 0x7FF7).all()
+    assert not tile[0, : 4 * size].any()
+    assert (tile[0, 4 * size :].view(np.uint16) == 0x7FF7).all() and (tile[1].view(np.uint16) == 0x7FF7).all()
     dtype = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64}.get(element, np.float32)
     assert np.isnan(tile[1].view(dtype)).all()
 
@@ -219,7 +228,7 @@ def test_random_loads(swizzle):
         tm = random_map(rng, tensor.address, 40_000, element, swizzle, fill)
         ranks.add(tm.rank)
         box = tma.box_of(tm.encode())
-        coordinates = [rng.randint(-2 * b, n) for b, n in zip(tm.box, tm.shape, strict=True)]
+        coordinates = random_coordinates(rng, tm, -2)
         start = 128 * rng.randint(0, 16)
         shared = shared_memory()
         tile = tma.load(box, tensor.memory, coordinates)
@@ -234,22 +243,23 @@ def test_random_loads(swizzle):
 
 @pytest.mark.parametrize("swizzle", LINES)
 def test_random_stores(swizzle):
-    """What is outside the tensor, or between its rows, keeps its value."""
+    """What is outside the tensor keeps its value, but for the rest of 16 bytes in which a row ends."""
     rng = random.Random(f"store {swizzle}")
     for _ in range(25):
         tensor = Tensor(20_000)
         element = rng.choice(WHOLE)
         size = ELEMENTS[element].bits // 8
-        tm = random_map(rng, tensor.address, 20_000, element, swizzle)
+        tm = random_map(rng, tensor.address, 20_000 - 16, element, swizzle)
         box = tma.box_of(tm.encode())
-        coordinates = [rng.randint(-b, n) for b, n in zip(tm.box, tm.shape, strict=True)]
+        coordinates = random_coordinates(rng, tm, 0)
         start = 128 * rng.randint(0, 16)
         shared = shared_memory()
         shared.bytes[0] = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
         expected, count = tensor.bytes.copy(), 0
         for index, linear in elements(tm):
             at = [c + j * s for c, j, s in zip(coordinates, index, (1, *tm.element_strides[1:]), strict=True)]
-            if all(0 <= x < n for x, n in zip(at, tm.shape, strict=True)):
+            width = -(-tm.shape[0] * size // 16) * 16 // size
+            if all(x < n for x, n in zip(at, (width, *tm.shape[1:]), strict=True)):
                 target = at[0] * size + sum(x * s for x, s in zip(at[1:], tm.strides, strict=True))
                 count += size
                 for k in range(size):
@@ -278,11 +288,9 @@ def test_packed_fours_are_copied_as_bytes():
     np.testing.assert_array_equal(
         tma.load(box, tensor.memory, (32, 1)), tensor.bytes.reshape(4, 64)[1:3, 16:48]
     )
-    tile = tma.load(box, tensor.memory, (-2, 3))
-    np.testing.assert_array_equal(tile[0], [0, *tensor.bytes[3 * 64 : 3 * 64 + 31]])
+    tile = tma.load(box, tensor.memory, (-32, 3))
+    np.testing.assert_array_equal(tile[0], [*[0] * 16, *tensor.bytes[3 * 64 : 3 * 64 + 16]])
     assert not tile[1].any()
-    with pytest.raises(TensorMapError, match=r"coordinate 0 must be a multiple of 2 for b4x16, got 3"):
-        tma.check_coordinates(box, (3, 0))
 
 
 def test_padded_fours_and_sixes():
@@ -317,6 +325,40 @@ def test_sixes_are_packed_by_a_store():
     assert tensor.bytes[:3].tolist() == [0x81, 0x30, 0x10]
     whole = int.from_bytes(tensor.bytes.tobytes(), "little")
     assert [whole >> 6 * i & 63 for i in range(128)] == [int(v) & 63 for v in tile[0]]
+
+
+# Coordinates that stop the TMA unit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("element", "multiple"),
+    [("u8", 16), ("bf16", 8), ("f32", 4), ("u64", 2), ("b4x16", 32), ("b4x16_p64", 128)],
+)
+def test_boxes_start_at_16_bytes(element, multiple):
+    box = box_of(address=4096, element=element, shape=(256, 2), strides=(2048,), box=(128, 2))
+    tma.check_coordinates(box, (-multiple, -1))
+    for wrong in (multiple // 2, -multiple - 1):
+        with pytest.raises(TensorMapError, match=f"a multiple of {multiple} for {element}, got {wrong}"):
+            tma.check_coordinates(box, (wrong, 0))
+
+
+def test_stores_start_inside():
+    box = box_of(address=4096, element="f16", shape=(256, 2), strides=(2048,), box=(128, 2))
+    tma.check_coordinates(box, (0, 0), store=True)
+    with pytest.raises(TensorMapError, match=r"of a store must not be negative, got \(8, -1\)"):
+        tma.check_coordinates(box, (8, -1), store=True)
+
+
+def test_a_store_writes_16_bytes_of_which_a_row_has_9():
+    """As an H200 does; a load of the same box takes the 9 bytes."""
+    tensor = Tensor(3 * 32)
+    before = tensor.bytes.reshape(3, 32).copy()
+    box = box_of(address=tensor.address, element="u8", shape=(9, 3), strides=(32,), box=(32, 3))
+    tile = np.arange(96, dtype=np.uint8).reshape(3, 32)
+    assert tma.store(box, tensor.memory, (0, 0), tile) == 48
+    np.testing.assert_array_equal(tensor.bytes.reshape(3, 32)[:, :16], tile[:, :16])
+    np.testing.assert_array_equal(tensor.bytes.reshape(3, 32)[:, 16:], before[:, 16:])
+    assert not tma.load(box, tensor.memory, (0, 0))[:, 9:].any()
 
 
 # Gather and scatter ----------------------------------------------------------------------------------------
@@ -369,10 +411,10 @@ def test_interleaved_tensors_are_refused():
 def test_a_reduction_leaves_alone_what_is_outside():
     tensor = Tensor(7 * 64)
     tensor.bytes.view(np.uint32)[:] = 1000
-    box = box_of(address=tensor.address, element="u32", shape=(13, 7), strides=(64,), box=(8, 4))
+    box = box_of(address=tensor.address, element="u32", shape=(12, 7), strides=(64,), box=(8, 4))
     tile = np.arange(32, dtype=np.uint32).reshape(4, 8)
-    assert tma.reduce(box, tensor.memory, (9, 5), tile.view(np.uint8), "add") == 32
+    assert tma.reduce(box, tensor.memory, (8, 5), tile.view(np.uint8), "add") == 32
     values = tensor.bytes.view(np.uint32).reshape(7, 16)
-    assert values[5, 9:13].tolist() == [1000, 1001, 1002, 1003]
-    assert values[6, 9:13].tolist() == [1008, 1009, 1010, 1011]
+    assert values[5, 8:12].tolist() == [1000, 1001, 1002, 1003]
+    assert values[6, 8:12].tolist() == [1008, 1009, 1010, 1011]
     assert (values != 1000).sum() == 7
