@@ -140,17 +140,18 @@ class Case:
             columns = case.shape[1]
             if cutlass.const_expr(case.group == 2 and case.shape[0] == 128):
                 columns = columns // 2
-            lanes = cute.make_tensor(pointer, cute.make_layout((128, columns), stride=(65536, 1)))
+            layout = cute.make_layout((128, columns), stride=(65536, 1))
             if cutlass.const_expr(case.shape[0] // case.group == 64 and case.group == 1):
                 # Only 16 lanes of each 32 hold a row.
-                lanes = acc[((None, None), 0, 0)]
+                layout = acc[((None, None), 0, 0)].layout
                 op = tcgen05.Ld16x256bOp(tcgen05.Repetition.x1, tcgen05.Pack.NONE)
             else:
                 op = tcgen05.Ld32x32bOp(tcgen05.Repetition.x8, tcgen05.Pack.NONE)
-            copy = tcgen05.make_tmem_copy(cute.make_copy_atom(op, case.d), lanes)
+            lanes = cute.make_tensor(cute.recast_ptr(pointer, dtype=cutlass.Int32), layout)
+            copy = tcgen05.make_tmem_copy(cute.make_copy_atom(op, cutlass.Int32), lanes)
             mine = copy.get_slice(thread)
             source, target = mine.partition_S(lanes), mine.partition_D(gd[(None, None, rank)])
-            registers = cute.make_rmem_tensor(target[None, None, 0].shape, case.d)
+            registers = cute.make_rmem_tensor(target[None, None, 0].shape, cutlass.Int32)
             for i in cutlass.range_constexpr(cute.size(source, mode=[2])):
                 cute.copy(copy, source[None, None, i], registers)
                 cute.autovec_copy(registers, target[None, None, i])
@@ -162,7 +163,7 @@ class Case:
         return kernel
 
     def host(self):
-        """The host function of (A, B, scales of A, scales of B, D), pointers to words and D."""
+        """The host function of (A, B, scales of A, scales of B, D), pointers to int32 words."""
         case, kernel = self, self.kernel()
 
         @cute.jit
