@@ -95,7 +95,9 @@ def to(source: torch.dtype, target: torch.dtype, x: torch.Tensor) -> torch.Tenso
     if target in (torch.float8_e4m3fn, torch.float8_e5m2):
         # satfinite: what is too large, infinity too, becomes the largest number.
         largest = torch.finfo(target).max
-        return exact.clamp(-largest, largest).float().to(target)
+        codes = exact.clamp(-largest, largest).float().to(target).view(torch.uint8)
+        # The one NaN that instructions make has no sign.
+        return torch.where(exact.isnan(), 0x7F, codes).to(torch.uint8).view(target)
     if not target.is_floating_point:
         return exact.trunc().to(target) if exact.is_floating_point() else exact.to(target)
     return exact.float().to(target) if source.is_floating_point else exact.to(target)

@@ -1,4 +1,4 @@
-"""Tiles handed out while the kernel runs: a CTA takes over the place of one that has not begun (Blackwell)."""
+"""Tiles handed out while the kernel runs: a CTA takes over the place of one that has not begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grouped GEMM for Blackwell: products of different sizes, TMA descriptors changed on the device for each."""
+"""A grouped GEMM for Blackwell: products of any sizes, TMA descriptors changed on the device for each."""
 
 # No annotations from __future__: cute.struct reads them as types.
 import cutlass

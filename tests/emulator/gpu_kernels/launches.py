@@ -89,7 +89,7 @@ def _speak(x: cute.Tensor):
     thread, _, _ = cute.arch.thread_idx()
     if thread % 20 == 3:
         cute.printf(
-            "thread %d has %d, half of it is %f\n", thread, x[thread], x[thread].to(cutlass.Float32) / 2
+            "thread %d has %d, half of it is %f", thread, x[thread], x[thread].to(cutlass.Float32) / 2
         )
 
 

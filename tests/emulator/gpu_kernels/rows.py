@@ -17,9 +17,11 @@ LOG2_E = 1.4426950408889634
 def _all_warps(value: cutlass.Float32, is_maximum: cutlass.Constexpr, cells: cute.Tensor):
     """The maximum or the sum of a value over the block, in every thread."""
     value = cute.arch.warp_reduction_max(value) if is_maximum else cute.arch.warp_reduction_sum(value)
+    # Asked before the branch: the answer takes a shuffle by the whole warp.
+    warp = cute.arch.warp_idx()
     cute.arch.sync_threads()
     if cute.arch.lane_idx() == 0:
-        cells[cute.arch.warp_idx()] = value
+        cells[warp] = value
     cute.arch.sync_threads()
     result = cells[0]
     for warp in cutlass.range_constexpr(1, WARPS):

@@ -33,9 +33,10 @@ def scales_to_tensor_memory(group: cutlass.Constexpr, source: cute.Tensor, targe
 @cute.kernel
 def _gemm(
     mma: cute.TiledMma, mma_sfb: cute.TiledMma, loads: list, sources: list, layouts: list,
-    store: cute.CopyAtom, c: cute.Tensor, layout_c: cute.ComposedLayout, cluster: cute.Layout, cluster_sfb: cute.Layout,
-    tiles: cute.Shape, tile: cutlass.Constexpr, vector: cutlass.Constexpr, elements: cutlass.Constexpr,
-    accumulators: cutlass.Constexpr, stages: cutlass.Constexpr, mutation: cutlass.Constexpr,
+    store: cute.CopyAtom, c: cute.Tensor, layout_c: cute.ComposedLayout, cluster: cute.Layout,
+    cluster_sfb: cute.Layout, tiles: cute.Shape, tile: cutlass.Constexpr, vector: cutlass.Constexpr,
+    elements: cutlass.Constexpr, accumulators: cutlass.Constexpr, stages: cutlass.Constexpr,
+    mutation: cutlass.Constexpr,
 ):  # fmt: skip
     element, scale, target = elements
     thread, _, _ = cute.arch.thread_idx()
