@@ -196,29 +196,29 @@ class HappensBefore:
             warps: (n,) int64; parts of one warp may be several rows.
             ctas: (n, 32) int64, or what broadcasts to it: whose memory each lane accesses.
             offsets: (n, 32) int64, byte offsets aligned to `size`, or cells of tensor memory.
-            size: bytes that each lane accesses.
+            size: bytes that each lane accesses, a power of two.
             mask: (n, 32) bool, lanes that do.
             write, atomic: how.
         Raises:
             RaceError: with row and lane; nothing is noted then.
         """
         shadow, clocks, kind = self._spaces[space], self.clocks, Kind(bool(write), bool(atomic))
-        flat = ((ctas << shadow.bits) + (offsets >> shadow.shift)).reshape(-1)
-        lanes = self._all_lanes(flat.size)
+        wide = max(size.bit_length() - 1, shadow.shift)
+        each = 1 << wide - shadow.shift
+        groups = ((ctas << shadow.bits + shadow.shift - wide) + (offsets >> wide)).reshape(-1)
+        lanes = self._all_lanes(groups.size)
         if not mask.all():
             lanes = np.flatnonzero(mask)
-            flat = flat[lanes]
-        if (each := size >> shadow.shift) > 1:
-            flat, lanes = shadow.expand(flat, size), np.repeat(lanes, each)
+            groups = groups[lanes]
         rows = lanes >> 5
         known = clocks.known[warps, SEEN]
         actors = clocks.own[warps]
         stamps = known[np.arange(actors.size), actors] - (LINES - self._line(line))
         earlier = None
         if self._race:
-            earlier = shadow.conflict_each(flat, rows, kind, warps // clocks.width, known)
+            earlier = shadow.conflict_each(groups, each, rows, kind, warps // clocks.width, known)
         if earlier is None:
-            earlier = shadow.note_each(flat, kind, actors[rows], stamps[rows], clocks.actors)
+            earlier = shadow.note_each(groups, each, kind, actors[rows], stamps[rows], clocks.actors)
         if earlier is not None and self._race:
             self._refuse_lane(shadow, kind, earlier, int(lanes[earlier.position]), warps, stamps)
 

@@ -84,16 +84,17 @@ class Marks:
         row = int(self._row_of[cta, actor])
         return self._row(row) if row else None
 
-    def latest(self, flat: np.ndarray, actors: np.ndarray) -> np.ndarray:
-        """(len(actors), m) the marks of actors at flat cells (m,)."""
-        rows = self._row_of[flat >> self._bits, actors[:, None]]
+    def latest(self, groups: np.ndarray, each: int, actors: np.ndarray) -> np.ndarray:
+        """(len(actors), m, each) the marks of actors at groups (m,) of `each` cells."""
+        rows = self._row_of[groups * each >> self._bits, actors[:, None]]
+        size = self._total // each
         if len(self._chunks) == 1:
-            return self._chunks[0].take(rows * self._total + flat)
-        found = np.zeros(rows.shape, np.int64)
-        places = rows % self._rows * self._total + flat
+            return self._chunks[0].reshape(-1, each).take(rows * size + groups, axis=0)
+        found = np.zeros((*rows.shape, each), np.int64)
+        places = rows % self._rows * size + groups
         for number, chunk in enumerate(self._chunks):
             here = rows // self._rows == number
-            found[here] = chunk[places[here]]
+            found[here] = chunk.reshape(-1, each)[places[here]]
         return found
 
     def note(self, cta: int, window: Window, actor: int, stamp: int, room: int) -> None:
@@ -104,21 +105,23 @@ class Marks:
         window.set(self._row(int(self._row_of[cta, actor])), stamp)
         self._newest[cta // self._cluster_size, actor] = stamp
 
-    def note_each(self, flat: np.ndarray, actors: np.ndarray, stamps: np.ndarray, room: int) -> None:
-        """Actors (m,), of `room` at present, touch flat cells (m,)."""
+    def note_each(
+        self, groups: np.ndarray, each: int, actors: np.ndarray, stamps: np.ndarray, room: int
+    ) -> None:
+        """Actors (m,), of `room` at present, touch groups (m,) of `each` cells."""
         self._fit(room)
-        ctas = flat >> self._bits
+        ctas = groups * each >> self._bits
         rows = self._row_of[ctas, actors]
         if not rows.all():
             self._add_rows(ctas, actors)
             rows = self._row_of[ctas, actors]
+        places = rows % self._rows * (self._total // each) + groups
         if len(self._chunks) == 1:
-            self._chunks[0][rows * self._total + flat] = stamps
+            self._chunks[0].reshape(-1, each)[places] = stamps[:, None]
         else:
-            places = rows % self._rows * self._total + flat
             for number, chunk in enumerate(self._chunks):
                 here = rows // self._rows == number
-                chunk[places[here]] = stamps[here]
+                chunk.reshape(-1, each)[places[here]] = stamps[here, None]
         self._newest[ctas // self._cluster_size, actors] = stamps
 
     def _row(self, row: int) -> np.ndarray:

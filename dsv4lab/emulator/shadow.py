@@ -74,7 +74,8 @@ class Shadow:
         self, ctas: int, cluster_size: int, shape: tuple[int, ...], unit: int = 1, rows: int = 8
     ) -> None:
         self.shape = shape
-        self.bits = max(int(np.prod(shape)) - 1, 1).bit_length()
+        # At least 16 cells, so that groups of them do not straddle CTAs.
+        self.bits = max(int(np.prod(shape)) - 1, 15).bit_length()
         self.shift = unit.bit_length() - 1
         self._cluster_size = cluster_size
         self._last = np.zeros(ctas << self.bits, np.int64)
@@ -86,15 +87,12 @@ class Shadow:
             stop = -(-cells.stop >> self.shift)
             cells = slice(cells.start >> self.shift, stop)
         elif not isinstance(cells, tuple):
-            cells = self.expand(np.asarray(cells, np.int64).reshape(-1) >> self.shift, size)
+            cells = np.asarray(cells, np.int64).reshape(-1) >> self.shift
+            if (each := size >> self.shift) > 1:
+                cells = (cells[:, None] + np.arange(each)).reshape(-1)
             if len(self.shape) == 1 and cells.size >= _MANY:
                 cells = _distinct(cells)
         return Window(cta << self.bits, self.shape, cells)
-
-    def expand(self, cells: np.ndarray, size: int) -> np.ndarray:
-        """Cells (m,), each followed by the others that `size` bytes from there have."""
-        each = size >> self.shift
-        return cells if each <= 1 else (cells[:, None] + np.arange(each)).reshape(-1)
 
     # One actor, cells of one CTA.
 
@@ -141,57 +139,66 @@ class Shadow:
     # Many warps at once.
 
     def conflict_each(
-        self, flat: np.ndarray, rows: np.ndarray, kind: Kind, clusters: np.ndarray, known: np.ndarray
+        self,
+        groups: np.ndarray,
+        each: int,
+        rows: np.ndarray,
+        kind: Kind,
+        clusters: np.ndarray,
+        known: np.ndarray,
     ) -> Earlier | None:
         """An earlier access that some of these conflicts with.
 
         Args:
-            flat: (m,) int64, one cell each.
+            groups: (m,) int64, each access's cells as the number of a group of `each`.
             rows: (m,) int64, whose each is.
             clusters, known: (n,) and (n, actors), the cluster of each row and what is ordered before it.
         """
         for name in _BEHIND[kind]:
-            marks = self._marks[name]
-            actors = marks.unseen(clusters, known)
+            actors = self._marks[name].unseen(clusters, known)
             if not actors.size:
                 continue
-            stamps = marks.latest(flat, actors)
-            bad = stamps > known[rows, actors[:, None]]
+            stamps = self._marks[name].latest(groups, each, actors)
+            bad = stamps > known[rows, actors[:, None]][..., None]
             if bad.any():
-                which, position = divmod(int(bad.argmax()), flat.size)
-                stamp, count = int(stamps[which, position]), int(bad[which].sum())
-                return Earlier(name, int(actors[which]), stamp, int(flat[position]), count, position)
-        entries = self._last.take(flat)
-        bad = entries & STAMPS > known[rows, entries >> STAMP_BITS]
-        return _write(entries, bad, flat) if bad.any() else None
+                which = int(bad.any(axis=(1, 2)).argmax())
+                return _earlier(name, int(actors[which]), stamps[which], bad[which], groups)
+        entries = self._last.reshape(-1, each).take(groups, axis=0)
+        behind = (rows * known.shape[1])[:, None] + (entries >> STAMP_BITS)
+        bad = entries & STAMPS > known.take(behind)
+        return _earlier("write", None, entries, bad, groups) if bad.any() else None
 
     def note_each(
-        self, flat: np.ndarray, kind: Kind, actors: np.ndarray, stamps: np.ndarray, room: int
+        self, groups: np.ndarray, each: int, kind: Kind, actors: np.ndarray, stamps: np.ndarray, room: int
     ) -> Earlier | None:
-        """Accesses of actors (m,) at stamps (m,) to flat cells (m,) have happened.
+        """Accesses of actors (m,) at stamps (m,) to groups (m,) of `each` cells have happened.
 
         Returns:
             A write by one to a cell that another one writes as well; none is noted then.
         """
         if kind != _PLAIN_WRITE:
-            self._marks[_NOTED[kind]].note_each(flat, actors, stamps, room)
+            self._marks[_NOTED[kind]].note_each(groups, each, actors, stamps, room)
             return None
-        entries = actors << STAMP_BITS | stamps
-        before = self._last.take(flat)
-        self._last[flat] = entries
-        other = self._last.take(flat)
+        entries = (actors << STAMP_BITS | stamps)[:, None]
+        last = self._last.reshape(-1, each)
+        before = last.take(groups, axis=0)
+        last[groups] = entries
+        other = last.take(groups, axis=0)
         bad = other != entries
         if not bad.any():
             return None
-        self._last[flat] = before
-        return _write(other, bad, flat)
+        last[groups] = before
+        return _earlier("write", None, other, bad, groups)
 
 
-def _write(entries: np.ndarray, bad: np.ndarray, flat: np.ndarray) -> Earlier:
-    position = int(bad.argmax())
-    entry = int(entries[position])
-    actor, stamp = entry >> STAMP_BITS, entry & STAMPS
-    return Earlier("write", actor, stamp, int(flat[position]), int(bad.sum()), position)
+def _earlier(kind: str, actor: int | None, found: np.ndarray, bad: np.ndarray, groups: np.ndarray) -> Earlier:
+    """The first of found (m, each) that is bad; with no actor, found is entries of writes."""
+    position, inside = divmod(int(bad.argmax()), bad.shape[1])
+    stamp = int(found[position, inside])
+    if actor is None:
+        actor, stamp = stamp >> STAMP_BITS, stamp & STAMPS
+    cell = int(groups[position]) * bad.shape[1] + inside
+    return Earlier(kind, actor, stamp, cell, int(bad.sum()), position)
 
 
 def _unseen_write(

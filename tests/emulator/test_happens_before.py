@@ -55,8 +55,9 @@ def test_a_missing_syncthreads_is_a_race(together):
             order.read("shared", 0, slice(384, 512), order.generic(0, line=11))
     assert str(caught.value) == (
         f"race: shared memory of CTA 0 at offset 0x180 and {127 if together else 31} more cells: "
-        "the read by warp 0 of CTA 0 (PTX line 11) and the write by warp 3 of CTA 0 (PTX line 10) are not "
-        "ordered: warp 0 of CTA 0 has not waited for a barrier at which warp 3 of CTA 0 arrived after its write"
+        "the read by warp 0 of CTA 0 (PTX line 11) and the write by warp 3 of CTA 0 (PTX line 10) are "
+        "not ordered: warp 0 of CTA 0 has not waited for a barrier at which warp 3 of CTA 0 arrived after "
+        "its write"
     )
     if together:
         assert (caught.value.row, caught.value.lane) == (0, 0)
@@ -123,9 +124,13 @@ def test_rows_of_one_instruction_that_write_one_cell_are_a_race():
     assert caught.value.row in (0, 1)
     lanes_access(order, [3], 512 + 4 * LANES, False)
     mask = np.array([[3], [4]]) == LANES
-    with pytest.raises(RaceError, match="at offset 0x440 and 3 more cells: "):
-        lanes_access(order, [0, 1], 0x400 + np.array([[0x40], [0x30]]), True, size=32, mask=mask)
-    lanes_access(order, [0, 1], 0x400 + np.array([[0x40], [0x30]]), True, size=16, mask=mask)
+    offsets = np.array([[0x440], [0x460]])
+    lanes_access(order, [0, 1], offsets, True, size=32, mask=mask)
+    with pytest.raises(RaceError, match="at offset 0x480 and 7 more cells: "):
+        lanes_access(order, [0, 1], np.array([[0x480], [0x480]]), True, size=32, mask=mask)
+    with pytest.raises(RaceError, match="at offset 0x45c: ") as caught:
+        lanes_access(order, [0, 1], offsets - 4, False, mask=mask)
+    assert (caught.value.row, caught.value.lane) == (1, 4)
 
 
 def test_the_ctas_of_a_wave_have_memories_of_their_own_and_a_cluster_shares_them():
@@ -404,6 +409,22 @@ def test_a_fence_in_between_counts_and_travels_with_the_order():
     order.read("shared", 0, slice(0, 128), order.asynchronous(2, "bulk"))
 
 
+def test_a_fence_travels_with_an_operation():
+    order = make()
+    lanes_access(order, [0], 4 * LANES, True)
+    order.fence_async(0)
+    load(order, 0)()
+    order.complete(("mbarrier", 0, 0))
+    order.acquire(1, ("mbarrier", 0, 0))
+    order.read("shared", 0, slice(0, 128), order.asynchronous(1, "bulk"))
+
+
+def test_tensor_memory_needs_no_fence():
+    order = make()
+    order.write("tensor", 0, slice(0, 64), order.generic(0))
+    order.read("tensor", 0, slice(0, 64), order.asynchronous(0, "pipe"))
+
+
 def test_a_fence_does_not_cover_what_follows_it():
     order = make()
     lanes_access(order, [0], 4 * LANES, True)
@@ -505,9 +526,10 @@ def test_offsets_become_cells(granularity):
 
 def test_scattered_offsets_that_share_cells_are_found():
     order = make(granularity=16)
-    order.write("shared", 0, np.concatenate([np.arange(0, 512), np.arange(2048, 2560)]), order.generic(0))
-    order.read("shared", 0, slice(512, 2048), order.generic(1))
-    for cells in (slice(500, 520), np.arange(2400, 3000), np.array([2559])):
+    order.write("shared", 0, np.concatenate([np.arange(256, 512), np.arange(2048, 2560)]), order.generic(0))
+    for cells in (slice(0, 256), slice(512, 2048), slice(2560, 4096)):
+        order.read("shared", 0, cells, order.generic(1))
+    for cells in (slice(500, 520), np.arange(2400, 3000), np.array([2559]), np.array([256])):
         with pytest.raises(RaceError):
             order.read("shared", 0, cells, order.generic(1))
 
@@ -541,18 +563,31 @@ def test_many_readers_of_one_cell_are_all_remembered():
 
 
 def test_actors_are_followed_while_there_are_few_enough():
-    order = HappensBefore(ctas=1, cluster_size=1, warps_per_cta=1, shared_bytes=1024)
-    waiting = order.asynchronous(0, "first")
-    for _ in range(MOST_SLOTS * 2):
-        order.asynchronous(0, "many")
-    assert order.clocks.actors < 100
-    order.write("shared", 0, slice(0, 4), waiting)
-    order.release_access(waiting, "first")
+    order = HappensBefore(ctas=1, cluster_size=1, warps_per_cta=2, shared_bytes=1024)
+    room = order.clocks.actors
+    for _ in range(2 * room):
+        order.release_access(order.asynchronous(0, "one at a time"), "key")
+    assert order.clocks.actors == room
+    order.write("shared", 0, slice(8, 12), order.generic(0))
+    first, second = (order.asynchronous(0, key) for key in ("first", "second"))
+    order.write("shared", 0, slice(0, 4), first)
+    order.write("shared", 0, slice(4, 8), second)
+    order.release_access(first, "first")
     order.complete("first")
-    with pytest.raises(RaceError):
-        order.read("shared", 0, slice(0, 4), order.generic(0))
     order.acquire(0, "first")
+    # Clocks of before there was more room still count.
+    for _ in range(4 * MOST_SLOTS):
+        order.asynchronous(0, "many at once")
+    assert room < order.clocks.actors < 3 * MOST_SLOTS
     order.read("shared", 0, slice(0, 4), order.generic(0))
+    order.release_access(second, "second")
+    order.complete("second")
+    order.acquire(1, "second")
+    order.read("shared", 0, slice(8, 12), order.generic(1))
+    with pytest.raises(RaceError):
+        order.read("shared", 0, slice(4, 8), order.generic(0))
+    order.acquire(0, "second")
+    order.read("shared", 0, slice(4, 8), order.generic(0))
     with pytest.raises(RuntimeError, match=f"at most {MOST_ACTORS} warps and channels"):
         for i in range(MOST_ACTORS):
             order.asynchronous(0, i)

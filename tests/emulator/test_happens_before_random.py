@@ -139,18 +139,21 @@ class Programs:
     def access_many(self) -> None:
         warps = self.random.sample(range(8), self.random.choice((1, 2, 3)))
         write, atomic = self.kind()
+        each = self.random.choice((1, 1, 2))
         mask = np.zeros((len(warps), 32), bool)
         ctas, offsets = np.zeros((2, len(warps), 32), np.int64)
         accesses = []
         for row, warp in enumerate(warps):
             node = self.graph.step(warp)
             for lane in self.random.sample(range(32), 2):
-                cta, cells = self.cells(warp // 4)
-                mask[row, lane], ctas[row, lane], offsets[row, lane] = True, cta, 8 * cells[0]
-                accesses.append((node, (cta, cells[0]), write, atomic, True))
+                cta, (cell, *_) = self.cells(warp // 4)
+                cell -= cell % each
+                mask[row, lane], ctas[row, lane], offsets[row, lane] = True, cta, 8 * cell
+                accesses += [(node, (cta, cell + i), write, atomic, True) for i in range(each)]
+        warps = np.array(warps)
         self.compare(
             accesses,
-            lambda: self.order.access_batch("shared", np.array(warps), ctas, offsets, 8, mask, write, atomic),
+            lambda: self.order.access_batch("shared", warps, ctas, offsets, 8 * each, mask, write, atomic),
         )
 
     def synchronise(self) -> None:
