@@ -15,7 +15,7 @@ from dsv4lab.emulator.batch import bits_of
 from dsv4lab.emulator.convergence import Convergence, ConvergenceError, together
 from dsv4lab.emulator.errors import UninitialisedError, at
 from dsv4lab.emulator.isa.registry import Effect, Typed, Wait, instruction, unsupported
-from dsv4lab.emulator.ptx import Immediate, Instruction, Operand, Pair, Sink
+from dsv4lab.emulator.ptx import Immediate, Instruction, Not, Operand, Pair, Sink
 
 if TYPE_CHECKING:
     from dsv4lab.emulator.batch import Batch
@@ -35,13 +35,32 @@ def _collective(ins: Instruction, core: Callable[..., Any], reads: Typed, writes
     """
     members = ins.operands[-1]
     everybody = isinstance(members, Immediate) and members.bits & 0xFFFFFFFF == 0xFFFFFFFF
+    reads = (*reads, (members, "u32"))
 
     def function(batch: Batch, mask: np.ndarray, *values: np.ndarray) -> Any:
-        if not (everybody and mask.all()):
-            mask = _gathered(batch, mask, values[-1], ins)
-        return together(batch, mask, core, *values)
+        if everybody and mask.all():
+            return core(mask, *values)
+        gathered = _gathered(batch, mask, values[-1], ins)
+        results = together(batch, gathered, core, *values)
+        return _unless_parked(results, (mask & ~gathered).any(1), reads, values, writes)
 
-    return Wait(function, (*reads, (members, "u32")), writes)
+    return Wait(function, reads, writes)
+
+
+def _unless_parked(
+    results: Any, parked: np.ndarray, reads: Typed, values: tuple[np.ndarray, ...], writes: Typed
+) -> Any:
+    """Results that leave operands of parked rows (n,) as they are: those execute the instruction again."""
+    if not parked.any() or results is None:
+        return results
+    kept = list(results) if isinstance(results, tuple) else [results]
+    for i, (target, _) in enumerate(writes):
+        for (source, _), value in zip(reads, values, strict=True):
+            if source == target:
+                kept[i] = np.where(parked[:, None], value, kept[i])
+            elif source == Not(target):
+                kept[i] = np.where(parked[:, None], ~value, kept[i])
+    return tuple(kept) if isinstance(results, tuple) else kept[0]
 
 
 def _gathered(batch: Batch, mask: np.ndarray, members: np.ndarray, ins: Instruction) -> np.ndarray:
@@ -97,10 +116,12 @@ def shfl(ins: Instruction) -> Wait:
     mode = ins.modifiers[1]
     if mode not in ("up", "down", "bfly", "idx"):
         raise unsupported(ins)
-    target, a, b, c, members = ins.operands
+    target, *operands = ins.operands
+    sources = tuple((operand, "u32") for operand in operands)
+    writes = _split(target, ("u32", "pred"))
 
     def function(batch: Batch, mask: np.ndarray, *reads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        full = mask.all() and (reads[3] == _ALL).all()
+        full, here = mask.all() and (reads[3] == _ALL).all(), mask
         if not full:
             mask = _gathered(batch, mask, reads[3], ins)
         checked = not full and "initialised" in batch.machine.checks
@@ -113,9 +134,10 @@ def shfl(ins: Instruction) -> Wait:
             value = np.take_along_axis(a, source, 1)
             return (value if full else np.where(given, value, a)), valid
 
-        return together(batch, mask, core, *reads)
+        results = together(batch, mask, core, *reads)
+        return _unless_parked(results, (here & ~mask).any(1), sources, reads, writes)
 
-    return Wait(function, tuple((x, "u32") for x in (a, b, c, members)), _split(target, ("u32", "pred")))
+    return Wait(function, sources, writes)
 
 
 def _sources(mode: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
