@@ -207,7 +207,7 @@ def decode_bytes(octets: np.ndarray, type_: str) -> np.ndarray:
     if bits == 4:
         return small_floats.decode_nibbles(octets).reshape(*octets.shape[:-1], -1)
     if bits == 6:
-        octets = _split_six(octets)
+        octets = split_six(octets)
     elif bits == 32:
         return octets.view(np.float32)
     elif bits == 16:
@@ -215,7 +215,7 @@ def decode_bytes(octets: np.ndarray, type_: str) -> np.ndarray:
     return small_floats.decode(octets, type_)
 
 
-def _split_six(octets: np.ndarray) -> np.ndarray:
+def split_six(octets: np.ndarray) -> np.ndarray:
     """Codes of 6 bits, four in three bytes."""
     triples = octets.reshape(*octets.shape[:-1], -1, 3).astype(np.uint32)
     words = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
