@@ -6,6 +6,7 @@ f32, whose other bits tensor cores ignore.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -121,3 +122,81 @@ def _nibble_table(dtype: type) -> np.ndarray:
 def _frozen(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
+
+
+def encode(
+    x: np.ndarray, name: str, rounding: str = "rn", relu: bool = False, satfinite: bool = True
+) -> np.ndarray:
+    """Codes that values round to.
+
+    Args:
+        x: float32 of any shape.
+        name: a format of at most 8 bits.
+        rounding: "rn", "rz" or, for ue8m0, "rp". Of ue8m0, which has no sign, it is that of the magnitude.
+        relu: negative values give 0.
+        satfinite: what is too large, infinity included, gives the largest finite value; else infinity, or NaN
+            in a format without it.
+    Returns:
+        uint8 of the same shape. NaN gives the last code: a NaN, or the largest value where there is none.
+    """
+    bits = x.view(np.uint32)
+    # Seven bits of the fraction and whether there are more decide how a value rounds.
+    place = (bits | ((bits & _REST) + _REST)) >> _BELOW
+    return _codes_of(name, rounding, relu, satfinite).take(place)
+
+
+def encode_stochastic(x: np.ndarray, name: str, random: np.ndarray, relu: bool = False) -> np.ndarray:
+    """Codes of values rounded up in magnitude as often as random numbers say, the largest where too large.
+
+    Args:
+        x: float32.
+        name: a format of at most 8 bits but ue8m0.
+        random: float32 in [0, 1), multiples of 2**-16; values go up whose lost fraction and it make 1.
+        relu: negative values give 0.
+    """
+    return _encode(x, FORMATS[name], lambda q: np.floor(q + random), relu, True)
+
+
+_REST, _BELOW = np.array(0x7FFF, np.uint32), np.array(15, np.uint32)
+_MAGNITUDE, _EXPONENT = np.array(0x7FFFFFFF, np.uint32), np.array(0x7F800000, np.uint32)
+_ROUND = {"rn": np.rint, "rz": np.floor, "rp": np.ceil}
+
+
+@cache
+def _codes_of(name: str, rounding: str, relu: bool, satfinite: bool) -> np.ndarray:
+    """Codes of float32 by their upper 16 bits and whether any bit below is set, read-only uint8."""
+    upper = np.arange(1 << 17, dtype=np.uint32) << 15
+    x = upper.view(np.float32)
+    if name == "ue8m0":
+        return _frozen(_encode_exponent(x, rounding, satfinite))
+    return _frozen(_encode(x, FORMATS[name], _ROUND[rounding], relu, satfinite))
+
+
+def _encode(
+    x: np.ndarray, form: Format, integer: Callable[[np.ndarray], np.ndarray], relu: bool, satfinite: bool
+) -> np.ndarray:
+    bits = x.view(np.uint32)
+    magnitude = bits & _MAGNITUDE
+    nan, negative = magnitude > _EXPONENT, bits > _MAGNITUDE
+    # Larger than any value of the format, so that the code below does not run over.
+    magnitude = np.minimum(magnitude, np.uint32(127 + 32 << 23))
+    least = np.uint32(127 + form.least_exponent << 23)
+    exponent = np.maximum(magnitude & _EXPONENT, least)
+    unit = (exponent - np.uint32(form.mantissa << 23)).view(np.float32)
+    # A fraction that rounds up to 2 carries into the exponent, as it should.
+    code = integer(magnitude.view(np.float32) / unit).astype(np.uint32)
+    code += (exponent - least) >> np.uint32(23 - form.mantissa)
+    code = np.where(code > form.largest, form.largest if satfinite else form.infinity, code)
+    sign = np.uint32(1 << form.bits - 1) if form.signed else np.uint32(0)
+    code = np.where(negative, np.uint32(0) if relu or not form.signed else code | sign, code)
+    return np.where(nan, form.last, code).astype(np.uint8)
+
+
+def _encode_exponent(x: np.ndarray, rounding: str, satfinite: bool) -> np.ndarray:
+    """ue8m0: a power of two each, none of them zero."""
+    mantissa, exponent = np.frexp(np.abs(x).astype(np.float64))
+    code = exponent - 1 + 127 + ((mantissa > 0.5) & (rounding == "rp"))
+    code = np.where(x == 0, 0, np.maximum(code, 0))
+    code = np.where(np.isinf(x), 255, code)
+    code = np.minimum(code, 254 if satfinite else 255)
+    return np.where(x == x, code, 255).astype(np.uint8)

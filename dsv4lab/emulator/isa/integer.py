@@ -181,13 +181,13 @@ def dot(ins: Instruction) -> Action:
     first = np.dtype(("i" if atype == "s32" else "u") + ("1" if four else "2"))
     second = np.dtype("i1" if btype == "s32" else "u1")
     start = 2 * (mode == ["hi"])
+    result = "u32" if atype == btype == "u32" else "s32"
 
     def product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         left, right = halves(a, first).astype(np.int32), halves(b, second).astype(np.int32)
         for i in range(left.shape[-1]):
             c = c + left[..., i] * right[..., start + i]
-        return c
+        return c.view(DTYPES[result])
 
     a, b, c = ins.operands[1:]
-    result = "u32" if atype == btype == "u32" else "s32"
     return Pure(product, ((a, "b32"), (b, "b32"), (c, "s32")), ((ins.operands[0], result),))
