@@ -178,7 +178,7 @@ def test_results_across_branches_may_replace_operands(run, seed):
     assert run(body, way, value, FULL, seed=seed) == [3696] * 32
     body = PARTED.format(instruction="shfl.sync.idx.b32 %r4, %r3, %r4, 31, -1;") + " mov.u32 %r100, %r4;"
     assert run(body, way, value, 9, seed=seed) == [109] * 32
-    vote = "setp.ne.u32 %p3, %r1, 9;\n" + PARTED.format(instruction="vote.sync.any.pred %p3, !%p3, -1;")
+    vote = "setp.ne.u32 %p3, %r1, %r1;\n" + PARTED.format(instruction="vote.sync.all.pred %p3, !%p3, -1;")
     assert run(vote + " selp.b32 %r100, 1, 0, %p3;", way, seed=seed) == [1] * 32
 
 
