@@ -55,8 +55,6 @@ def _lane_dtype(type_: str) -> np.dtype:
 @instruction("atom", "red")
 def atom(ins: Instruction) -> Effect:
     """atom.space.op.type d, [a], b (, c); red without d. Lanes take their turn in an order of chance."""
-    if "async" in ins.modifiers:
-        raise unsupported(ins)
     op = next((m for m in ins.modifiers if m in _OPERATIONS), None)
     type_ = ins.modifiers[-1] if ins.modifiers[-1] != "noftz" else ins.modifiers[-2]
     if op is None:

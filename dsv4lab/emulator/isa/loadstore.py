@@ -175,8 +175,6 @@ def _load_parameter(ins: Instruction, form: Access, writes: tuple[tuple[Operand,
 @instruction("st")
 def st(ins: Instruction) -> Effect:
     """st.space.vec.type [a], b."""
-    if "async" in ins.modifiers:
-        raise unsupported(ins)
     form = access_of(ins)
     target, source = ins.operands[:2]
     reads = _elements(source, form.type)

@@ -59,7 +59,7 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def instruction(*ops: str) -> Callable[[Builder], Builder]:
-    """Register a builder for opcodes that begin with one of `ops`."""
+    """Register a builder for opcodes that begin with one of `ops`, "st" or "st.async"; the longest counts."""
 
     def register(builder: Builder) -> Builder:
         for op in ops:
@@ -78,11 +78,14 @@ def unsupported(ins: Instruction, why: str = "") -> UnsupportedInstruction:
 
 def build(ins: Instruction) -> Action:
     """What an instruction does. Raises UnsupportedInstruction."""
-    if ins.op not in _BUILDERS:
-        raise unsupported(ins)
-    return _BUILDERS[ins.op](ins)
+    parts = (ins.op, *ins.modifiers)
+    for length in range(len(parts), 0, -1):
+        builder = _BUILDERS.get(".".join(parts[:length]))
+        if builder is not None:
+            return builder(ins)
+    raise unsupported(ins)
 
 
 def covered() -> tuple[str, ...]:
-    """First parts of the opcodes that have a builder."""
+    """What the opcodes that have a builder begin with."""
     return tuple(sorted(_BUILDERS))

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsv4lab.emulator.barriers import Barriers
 from dsv4lab.emulator.errors import AddressError, EmulatorError, at
-from dsv4lab.emulator.isa.registry import Effect, unsupported
+from dsv4lab.emulator.isa.registry import Effect, instruction, unsupported
 from dsv4lab.emulator.lane_types import DTYPES
 from dsv4lab.emulator.ptx import Instruction, Operand, Vector
 from dsv4lab.emulator.shared_address import locate
@@ -44,6 +44,7 @@ _REDUCED = {(op, type_) for op in ("min", "max", "add") for type_ in ("u32", "s3
 }  # fmt: skip
 
 
+@instruction("st.async")
 def store_async(ins: Instruction) -> Effect:
     """st.async{.weak}{.shared::cluster}.mbarrier::complete_tx::bytes{.v2, .v4}.type [a], b, [mbar]."""
     *rest, type_ = [m for m in ins.modifiers if m != "async"]
@@ -55,6 +56,7 @@ def store_async(ins: Instruction) -> Effect:
     return _effect(ins, address, barrier, elements, type_, None)
 
 
+@instruction("red.async")
 def reduce_async(ins: Instruction) -> Effect:
     """red.async{.relaxed}{.cluster}{.shared::cluster}.mbarrier::complete_tx::bytes.op.type [a], b, [mbar]."""
     *rest, op, type_ = [m for m in ins.modifiers if m != "async"]
