@@ -20,7 +20,7 @@ from dsv4lab.emulator.launch import Launch, check_configuration, launch_attribut
 from dsv4lab.emulator.memory import Memory
 from dsv4lab.emulator.modules import Module
 from dsv4lab.emulator.program import Program
-from dsv4lab.emulator.run import CHECKS, Options, Run
+from dsv4lab.emulator.run import CHECKS, Options, Run, Watch
 from dsv4lab.emulator.trace import Counters, Trace
 from dsv4lab.emulator.variables import allocate
 
@@ -260,6 +260,7 @@ def device(
     limit: int = 1_000_000_000,
     strict: bool = True,
     trace: bool = True,
+    watch: Watch | None = None,
     executor: Executor | None = None,
 ) -> Device:
     """A GPU in software, for the length of a `with` block.
@@ -279,6 +280,8 @@ def device(
         strict: global addresses must be of a registered tensor; otherwise memory that the process has mapped
             for writing will do.
         trace: record events for `Device.trace`.
+        watch: called with the Machine and the Instruction whenever an asynchronous operation (a bulk copy, an
+            MMA, ...) or a part of one has been performed: the moment to look at the machine's memories.
         executor: called with each Launch, instead of executing it.
 
     Raises:
@@ -287,5 +290,5 @@ def device(
     """
     if isinstance(checks, str):
         checks = {"all": CHECKS, "none": ()}.get(checks, (checks,))
-    options = Options(frozenset(checks), mma, seed, limit, strict, trace)
+    options = Options(frozenset(checks), mma, seed, limit, strict, trace, watch)
     return Device(arch, executor, options)

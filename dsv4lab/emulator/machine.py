@@ -216,6 +216,8 @@ class Machine:
             if self._issuer is not None:
                 at_instruction(error, self._issuer)
             raise
+        if self.run.options.watch is not None:
+            self.run.options.watch(self, self._issuer)
         self._issuer = None
 
     def wake(self, key: Hashable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from dsv4lab.emulator.launch import Launch
 from dsv4lab.emulator.machine import Machine
 from dsv4lab.emulator.memory import Memory
 from dsv4lab.emulator.program import Program
+from dsv4lab.emulator.ptx import Instruction
 from dsv4lab.emulator.scheduler import Scheduler
 from dsv4lab.emulator.trace import Counters, Trace
 
@@ -22,6 +24,8 @@ MMA_MODES = ("exact", "hardware")
 # More warps at once do not run faster: their registers no longer fit the caches of a CPU.
 _WARPS_OF_A_WAVE = 1024
 _THREADS_OF_AN_SM, _CTAS_OF_AN_SM, _SHARED_OF_AN_SM = 39, 106, 81
+
+Watch = Callable[[Machine, Instruction | None], None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Options:
         limit: warp-instructions that a launch may execute.
         strict: refuse global addresses of no registered tensor, even where the process has memory.
         trace: record events.
+        watch: called with the machine and the instruction after each part of an asynchronous operation.
     """
 
     checks: frozenset[str] = frozenset(CHECKS)
@@ -43,6 +48,7 @@ class Options:
     limit: int = 1_000_000_000
     strict: bool = True
     trace: bool = True
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         if unknown := self.checks - set(CHECKS):
