@@ -211,8 +211,9 @@ class Barriers:
         return self._live(cta, offset, "asked for its phase").phase
 
     def pending(self, cta: int, offset: int) -> int:
-        """Arrivals that the current phase still needs."""
-        return self._live(cta, offset, "asked for its pending count").pending
+        """Arrivals that the current phase still needs; 0 of a barrier that is not there."""
+        barrier = self._barriers.get((cta, offset))
+        return 0 if barrier is None else barrier.pending
 
     def describe(self, cta: int, offset: int) -> str:
         """Address, phase and counts, for messages; also of a barrier that is not there."""
