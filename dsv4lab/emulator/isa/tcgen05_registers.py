@@ -31,7 +31,9 @@ def load(ins: Instruction) -> Action:
     pattern, packed, lanes = _pattern(ins, rest[1:], registers, "pack::16b")
     reduce = _reduction(ins) if reduced else None
 
-    def function(batch: Batch, mask: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, ...]:
+    def function(
+        batch: Batch, mask: np.ndarray, addresses: np.ndarray
+    ) -> tuple[np.ndarray, ...] | np.ndarray:
         rows = _rows(batch, mask, addresses, lanes, "ld")
         machine = batch.machine
         tensor = machine.state(TensorMemory)
@@ -44,7 +46,9 @@ def load(ins: Instruction) -> Action:
         if len(rows) < len(mask):
             some, words = words, np.zeros((len(words), len(mask), 32), np.uint32)
             words[:, rows] = some
-        return (*words, reduce(words)) if reduced else tuple(words)
+        if reduced:
+            return (*words, reduce(words))
+        return tuple(words) if len(words) > 1 else words[0]
 
     writes = tuple((operand, "b32") for operand in (*registers, *reduction))
     return Effect(function, reads=((rest[0], "address"),), writes=writes)
