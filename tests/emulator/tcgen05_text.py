@@ -107,14 +107,16 @@ def matrix_descriptor(offset, leading=0, stride=0, swizzle=0):
     return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 46 | swizzle << 61
 
 
-def run(text, x=None, y_words=0, ctas=1, **options):
-    """Words of y after the kernel; x is an array of 32-bit words."""
+def run(text, x=None, y_words=0, ctas=1, start=None, **options):
+    """Words of y after the kernel, and the run; x, and `start` for what y holds first, are 32-bit words."""
     gpu = device("sm_100a", **options)
     data = (
         torch.from_numpy(np.ascontiguousarray(x).view(np.int32).reshape(-1).copy()) if x is not None else None
     )
     inputs = gpu.from_torch(data) if data is not None else gpu.empty(1, torch.int32)
     outputs = gpu.empty(max(y_words, 1), torch.int32)
+    if start is not None:
+        outputs[: len(start)] = torch.from_numpy(start.view(np.int32).copy())
     shape = dict(block=(128, 1, 1), grid=(ctas, 1, 1), cluster=(ctas, 1, 1))
     launched = gpu.run_ptx(text, inputs, outputs, **shape, shared_bytes=DATA + 65536)
     return outputs.numpy().view(np.uint32).copy(), launched
