@@ -15,6 +15,7 @@ from dsv4lab.plots.quantization import (
 )
 from dsv4lab.plots.style import Picture, Table
 from dsv4lab.plots.tables import backends, conventions, weight_bytes
+from dsv4lab.plots.timeline import busy, timeline, trace_step, trace_steps
 
 __all__ = [
     "Picture",
@@ -25,6 +26,7 @@ __all__ = [
     "bars",
     "block",
     "block_codes",
+    "busy",
     "code_use",
     "conventions",
     "edited_block",
@@ -37,5 +39,8 @@ __all__ = [
     "sqnr_by_layer",
     "sqnr_db",
     "staircase",
+    "timeline",
+    "trace_step",
+    "trace_steps",
     "weight_bytes",
 ]
