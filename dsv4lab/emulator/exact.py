@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from dsv4lab.emulator.rounding import F64, canonical, odd_sum, sum_error
+from dsv4lab.emulator.rounding import F64, odd_sum, propagate, sum_error
 
 _SPLIT = 134217729.0  # 2**27 + 1
 _LEAST, _MOST = 2.0**-400, 2.0**400
@@ -26,7 +26,7 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     high = product + low
     r = high + odd_sum(sum_error(product, low, high), low_error)
     hard = ~(_moderate(a) & _moderate(b) & _moderate(c))
-    return canonical(_replace(r, hard, "fma", "rn", a, b, c) if np.count_nonzero(hard) else r)
+    return propagate(_replace(r, hard, "fma", "rn", a, b, c) if np.count_nonzero(hard) else r, a, c, b)
 
 
 def rounded64(op: str, rounding: str, *values: np.ndarray) -> np.ndarray:
@@ -38,7 +38,15 @@ def rounded64(op: str, rounding: str, *values: np.ndarray) -> np.ndarray:
         values: its operands.
     """
     shape = np.broadcast_shapes(*(value.shape for value in values))
-    return canonical(_replace(np.empty(shape), np.ones(shape, bool), op, rounding, *values))
+    r = _replace(np.empty(shape), np.ones(shape, bool), op, rounding, *values)
+    return propagate(r, *in_order(op, values))
+
+
+def in_order(op: str, values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """The operands in the order in which a GPU prefers their NaN, the last one first."""
+    if op == "div":
+        return values[::-1]
+    return (values[0], values[2], values[1]) if op == "fma" else values
 
 
 def _product_error(a: np.ndarray, b: np.ndarray, product: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from dsv4lab.emulator.exact import fma64, rounded64
+from dsv4lab.emulator.exact import fma64, in_order, rounded64
 from dsv4lab.emulator.rounding import (
     F32,
     F64,
@@ -23,6 +23,7 @@ from dsv4lab.emulator.rounding import (
     canonical,
     count,
     odd_sum,
+    propagate,
     round_to,
     sum_error,
     to_odd,
@@ -89,7 +90,7 @@ def operation(op: str, name: str, rounding: str = "rn") -> Callable[..., np.ndar
     if name == "f64":
         native = _NATIVE.get(op)
         if rounding == "rn" and native:
-            return lambda *values: canonical(native(*values))
+            return lambda *values: propagate(native(*values), *in_order(op, values))
         return fma64 if (op, rounding) == ("fma", "rn") else partial(rounded64, op, rounding)
     if rounding == "rn" and (op, name) in _FAST:
         return _FAST[op, name]
@@ -107,6 +108,13 @@ def _once(op: str, name: str, rounding: str, *values: np.ndarray) -> np.ndarray:
     if rounding == "rm":  # by way of rp, for the sign of a sum that is zero
         return canonical(-round_to(odd_sum(-first, -last), name, "rp"))
     return round_to(odd_sum(first, last), name, rounding)
+
+
+def is_tiny(op: str, least: float, *values: np.ndarray) -> np.ndarray:
+    """Whether the exact product, quotient or fma of float16 or float32 is nearer to zero than `least`."""
+    wide = [value.astype(F64) for value in values]
+    exact = odd_sum(wide[0] * wide[1], wide[2]) if op == "fma" else _ODD[op](*wide)
+    return np.abs(exact) < least
 
 
 def _odd_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:

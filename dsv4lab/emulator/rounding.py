@@ -15,10 +15,11 @@ count = np.count_nonzero
 NAN = {
     F16: np.array(0x7FFF, np.uint16).view(F16),
     F32: np.array(0x7FFFFFFF, np.uint32).view(F32),
-    F64: np.array(0x7FF8 << 48, np.uint64).view(F64),
+    F64: np.array(0xFFF8 << 48, np.uint64).view(F64),
 }
 _EXPONENT32, _SIGN32 = np.array(0x7F800000, U32), np.array(0x80000000, U32)
 _EXPONENT64, _ONE64 = np.array(0x7FF << 52, I64), np.array(1, I64)
+_QUIET64 = np.array(1 << 51, I64)
 _SIXTEEN, _ONE32, _ALMOST_HALF = np.array(16, U32), np.array(1, U32), np.array(0x7FFF, U32)
 _UPPER, _NAN_BF16 = np.array(0xFFFF0000, U32), np.array(0x7FFF0000, U32)
 _TO_INTEGER = {
@@ -41,6 +42,23 @@ def canonical(x: np.ndarray) -> np.ndarray:
     """`x` with each NaN replaced by the one that a GPU gives."""
     bad = x != x
     return np.where(bad, NAN[x.dtype], x) if count(bad) else x
+
+
+def quiet(x: np.ndarray) -> np.ndarray:
+    """Float64 with signaling NaN made quiet; the rest of their bits stays."""
+    bad = x != x
+    return np.where(bad, x.view(I64) | _QUIET64, x.view(I64)).view(F64) if count(bad) else x
+
+
+def propagate(r: np.ndarray, *operands: np.ndarray) -> np.ndarray:
+    """Float64 results with NaN as a GPU gives them: that of the last operand that is one, else its own."""
+    bad = r != r
+    if not count(bad):
+        return r
+    result = np.where(bad, NAN[F64], r)
+    for operand in operands:
+        result = np.where(bad & (operand != operand), quiet(operand), result)
+    return result
 
 
 def flush(x: np.ndarray) -> np.ndarray:

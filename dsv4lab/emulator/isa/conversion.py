@@ -1,6 +1,6 @@
 """cvt between single numbers: integers and f16, bf16, tf32, f32, f64; and cvt.pack.
 
-Packed formats are in packed_conversion.
+From one floating-point format to another is in float_conversion, packed formats are in packed_conversion.
 """
 
 from __future__ import annotations
@@ -10,31 +10,19 @@ from collections.abc import Callable
 import numpy as np
 
 from dsv4lab.emulator.exact import rounded64
-from dsv4lab.emulator.isa import packed_conversion
+from dsv4lab.emulator.isa import float_conversion, packed_conversion
 from dsv4lab.emulator.isa.formats import HELD
 from dsv4lab.emulator.isa.registry import Action, Pure, instruction, unsupported
 from dsv4lab.emulator.lane_types import DTYPES
 from dsv4lab.emulator.ptx import Instruction
-from dsv4lab.emulator.rounding import (
-    F16,
-    F32,
-    F64,
-    SHAPES,
-    bf16_rn,
-    canonical,
-    flush,
-    odd_sum,
-    relu,
-    round_to,
-    saturate,
-)
+from dsv4lab.emulator.rounding import F64, flush, odd_sum, round_to
 
 Function = Callable[..., np.ndarray]
 
 _INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)}
 _FLOATS = ("f16", "bf16", "f32", "f64")
 _ROUNDINGS = ("rn", "rz", "rm", "rp", "rna", "rs")
-_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+_TO_INTEGER = float_conversion.TO_INTEGER
 
 
 @instruction("cvt")
@@ -64,7 +52,7 @@ def _conversion(dtype: str, atype: str, rounding: str | None, flags: list[str]) 
     if atype in _INTEGERS and dtype in _FLOATS:
         return _from_integer(dtype, atype, rounding, flags) if rounding in _ROUNDINGS[:4] else None
     if atype in _FLOATS and dtype in (*_FLOATS, "tf32"):
-        return _between_floats(dtype, atype, rounding, flags)
+        return float_conversion.between(dtype, atype, rounding, flags)
     return None
 
 
@@ -103,7 +91,7 @@ def _to_integer(dtype: str, atype: str, rounding: str, ftz: bool) -> Function:
 
 
 def _from_integer(dtype: str, atype: str, rounding: str, flags: list[str]) -> Function:
-    finish, store = _clamps(flags), HELD[dtype].store
+    finish, store = float_conversion.clamps(flags), HELD[dtype].store
     if dtype in ("f32", "f64") and rounding == "rn":
         to = DTYPES[dtype]
         return lambda x: finish(x.astype(to))  # one rounding
@@ -122,62 +110,6 @@ def _from_integer(dtype: str, atype: str, rounding: str, flags: list[str]) -> Fu
         return store(finish(round_to(odd_sum(upper, lower), dtype, rounding)))
 
     return convert
-
-
-def _clamps(flags: list[str]) -> Function:
-    def finish(r: np.ndarray) -> np.ndarray:
-        return saturate(r) if "sat" in flags else relu(r) if "relu" in flags else r
-
-    return finish if {"sat", "relu"} & set(flags) else lambda r: r
-
-
-def _between_floats(dtype: str, atype: str, rounding: str | None, flags: list[str]) -> Function | None:
-    if rounding in _TO_INTEGER:
-        if dtype != atype:
-            return None
-        compute = _TO_INTEGER[rounding]
-    elif dtype == "tf32" or _loses(dtype, atype):
-        if rounding is None or (rounding == "rna") > (dtype == "tf32"):
-            return None
-        compute = narrowing(dtype, rounding)
-    else:
-        to = F32 if dtype == "bf16" else DTYPES[dtype]
-        compute = lambda x: x.astype(to, copy=False)  # noqa: E731
-    load = HELD[atype].load
-    finish, largest = _clamps(flags), SHAPES[dtype][2] if "satfinite" in flags else None
-    store = HELD[dtype].store if dtype != "tf32" else lambda x: x.view(np.uint32)
-    ftz_in, ftz_out = ("ftz" in flags and t == "f32" for t in (atype, dtype))
-    copies = dtype == "f32" and atype == "bf16" and not flags
-
-    def convert(x: np.ndarray) -> np.ndarray:
-        x = load(x)
-        r = compute(flush(x) if ftz_in else x)
-        if largest is not None:
-            r = limited(r, largest)
-        r = finish(flush(r) if ftz_out else r)
-        return store(canonical(r))
-
-    return load if copies else convert
-
-
-def _loses(dtype: str, atype: str) -> bool:
-    """A conversion that must round."""
-    width = {"f64": 3, "f32": 2, "f16": 1, "bf16": 1}
-    return dtype != atype and width[dtype] <= width[atype]
-
-
-def narrowing(dtype: str, rounding: str) -> Function:
-    """Float16, float32 or float64 rounded to f16 (as float16), or bf16, tf32, f32 (as float32)."""
-    if (dtype, rounding) == ("f16", "rn"):
-        return lambda x: x.astype(F16)
-    if (dtype, rounding) == ("bf16", "rn"):
-        return lambda x: bf16_rn(x.astype(F32)) if x.dtype != F64 else round_to(x, "bf16")
-    return lambda x: round_to(x.astype(F64), dtype, rounding)
-
-
-def limited(x: np.ndarray, largest: float) -> np.ndarray:
-    """Infinities as the largest value of their sign (.satfinite); NaN stays."""
-    return np.minimum(np.maximum(x, x.dtype.type(-largest)), x.dtype.type(largest))
 
 
 # cvt.pack -----------------------------------------------------------------------------------------------

@@ -10,11 +10,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dsv4lab.emulator.floats import operation
+from dsv4lab.emulator.floats import is_tiny, operation
 from dsv4lab.emulator.isa.formats import HELD
 from dsv4lab.emulator.isa.registry import Action, Pure, instruction, unsupported
 from dsv4lab.emulator.ptx import Instruction
-from dsv4lab.emulator.rounding import F32, F64, canonical, flush, on_grid, relu, round_to, saturate
+from dsv4lab.emulator.rounding import (
+    F32,
+    F64,
+    canonical,
+    flush,
+    on_grid,
+    propagate,
+    quiet,
+    relu,
+    round_to,
+    saturate,
+)
 
 _ROUNDINGS = ("rn", "rz", "rm", "rp")
 _CLAMPS = {"sat": saturate, "relu": relu}
@@ -30,7 +41,7 @@ def build(ins: Instruction) -> Action:
     if ins.op in ("min", "max"):
         return _elementwise(ins, names, flags, _extreme(ins, flags))
     if ins.op in ("abs", "neg"):
-        return _elementwise(ins, names, flags, np.abs if ins.op == "abs" else np.negative)
+        return _elementwise(ins, names, flags, _sign_change(ins.op))
     if "approx" in flags or "full" in flags:
         return _approximate(ins, names, flags)
     rounding = flags.pop(0) if flags and flags[0] in _ROUNDINGS else "rn"
@@ -38,7 +49,29 @@ def build(ins: Instruction) -> Action:
     if rounding != "rn" and held.name in ("f16", "bf16"):
         raise unsupported(ins)
     op = "fma" if ins.op == "mad" else ins.op
-    return _elementwise(ins, names, flags, operation(op, held.name, rounding))
+    function = operation(op, held.name, rounding)
+    if "ftz" in flags and op in ("mul", "fma", "div"):
+        function = _flushing_exactly(op, function)
+    return _elementwise(ins, names, flags, function)
+
+
+def _flushing_exactly(op: str, function: Function) -> Function:
+    """Zero also where rounding makes the smallest normal number of a smaller one: a GPU flushes before it."""
+
+    def flushed(*values: np.ndarray) -> np.ndarray:
+        r = function(*values)
+        least = np.finfo(r.dtype).tiny
+        edge = np.abs(r) == least
+        if not np.count_nonzero(edge):
+            return r
+        return np.where(edge & is_tiny(op, float(least), *values), np.copysign(r.dtype.type(0), r), r)
+
+    return flushed
+
+
+def _sign_change(op: str) -> Function:
+    change = np.abs if op == "abs" else np.negative
+    return lambda x: canonical(change(x)) if x.dtype != F64 else np.where(x == x, change(x), quiet(x))
 
 
 def _elementwise(ins: Instruction, names: list[str], flags: list[str], function: Function) -> Pure:
@@ -96,7 +129,7 @@ def _extreme(ins: Instruction, flags: list[str]) -> Function:
         if np.count_nonzero(same):  # which of two zeros NumPy takes is open; PTX has -0 < +0
             zero = np.where(np.signbit(b) == largest, a, b)
             r = np.where(same, zero, r)
-        return canonical(r)
+        return canonical(r) if r.dtype != F64 else propagate(r, a, b)
 
     def any_number(*values: np.ndarray) -> np.ndarray:
         sizes = [np.abs(value) for value in values] if absolute else values
@@ -135,6 +168,10 @@ _OTHER_TYPES = {
 }
 
 
+# rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64 give the upper half of a number.
+_COARSE_NAN = np.array(0x7FFFFFFF << 32, np.uint64).view(F64)
+
+
 def _approximate(ins: Instruction, names: list[str], flags: list[str]) -> Pure:
     function = _APPROXIMATE.get(ins.op)
     way = flags.pop(0)
@@ -148,7 +185,7 @@ def _approximate(ins: Instruction, names: list[str], flags: list[str]) -> Pure:
 
         def compute(x: np.ndarray) -> np.ndarray:
             r = function(x)
-            return canonical(on_grid(r, 21, -1022, "rn") if coarse else r)
+            return np.where(r == r, on_grid(r, 21, -1022, "rn"), _COARSE_NAN) if coarse else propagate(r, x)
     elif ins.op == "div" and way == "approx":
         compute = _approximate_quotient
     else:
@@ -194,14 +231,14 @@ _TESTS: dict[str, Function] = {
     "infinite": np.isinf,
     "number": lambda x: x == x,
     "notanumber": np.isnan,
-    "normal": _normal,
+    "normal": lambda x: _normal(x) | (x == 0),
     "subnormal": lambda x: (np.abs(x) < np.finfo(x.dtype).tiny) & (x != 0),
 }
 
 
 @instruction("testp")
 def testp(ins: Instruction) -> Pure:
-    """Is the number finite, normal, ...?"""
+    """Is the number finite, normal, ...? An H200 counts zero as normal."""
     test, type_ = ins.modifiers
     if test not in _TESTS or type_ not in ("f32", "f64"):
         raise unsupported(ins)

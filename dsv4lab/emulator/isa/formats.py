@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsv4lab.emulator.rounding import F16, F32
+from dsv4lab.emulator.rounding import F16, F32, F64
 
 _SIXTEEN = np.array(16, np.uint32)
 _U16, _U32, _U64 = np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)
@@ -19,12 +19,14 @@ class Held:
 
     Attributes:
         name: "f16", "bf16", "f32" or "f64": the format of each number.
+        dtype: float16, float32 (of bfloat16 too) or float64, of the lanes.
         load: from the array of a register to float16, float32 or float64 lanes; packed types get a last axis
             of 2, the low half first. bfloat16 comes as float32. NaN keep their bits.
         store: the other way; of float32 that hold bfloat16 values.
     """
 
     name: str
+    dtype: np.dtype
     load: Callable[[np.ndarray], np.ndarray]
     store: Callable[[np.ndarray], np.ndarray]
 
@@ -52,11 +54,11 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 HELD = {
-    "f16": Held("f16", _same, _same),
-    "f32": Held("f32", _same, _same),
-    "f64": Held("f64", _same, _same),
-    "bf16": Held("bf16", bf16_values, bf16_bits),
-    "f16x2": Held("f16", _parts(F16), _whole(_U32)),
-    "f32x2": Held("f32", _parts(F32), _whole(_U64)),
-    "bf16x2": Held("bf16", lambda x: bf16_values(_parts(_U16)(x)), lambda x: _whole(_U32)(bf16_bits(x))),
+    "f16": Held("f16", F16, _same, _same),
+    "f32": Held("f32", F32, _same, _same),
+    "f64": Held("f64", F64, _same, _same),
+    "bf16": Held("bf16", F32, bf16_values, bf16_bits),
+    "f16x2": Held("f16", F16, _parts(F16), _whole(_U32)),
+    "f32x2": Held("f32", F32, _parts(F32), _whole(_U64)),
+    "bf16x2": Held("bf16", F32, lambda x: bf16_values(_parts(_U16)(x)), lambda x: _whole(_U32)(bf16_bits(x))),
 }
