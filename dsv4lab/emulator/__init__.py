@@ -5,7 +5,7 @@ Compiled host code runs unmodified; each kernel it launches is executed from its
 
 from __future__ import annotations
 
-from dsv4lab.emulator.driver import Device, device
+from dsv4lab.emulator.driver import Device, current_device, device
 from dsv4lab.emulator.errors import (
     AddressError,
     DeadlockError,
@@ -31,5 +31,6 @@ __all__ = [
     "UninitialisedError",
     "UnsupportedInstruction",
     "UnsupportedRuntimeCall",
+    "current_device",
     "device",
 ]

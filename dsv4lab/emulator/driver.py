@@ -251,6 +251,11 @@ class Device:
         return self.memory.registry.lookup(address, nbytes)
 
 
+def current_device() -> Device | None:
+    """The device whose `with` block the process is in."""
+    return Device._current
+
+
 def device(
     arch: str,
     *,
