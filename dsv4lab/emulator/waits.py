@@ -39,12 +39,15 @@ class Waits:
             self.machine.counters["barrier.parked"] += 1
         batch.park(row, key, Reason(describe))
 
-    def done(self, warp: int, ins: Instruction, until: int, **detail: Any) -> None:
-        """A warp's wait is over at model time `until` or before: count it, and trace it if it was parked."""
+    def done(self, warp: int, ins: Instruction, asked: int, until: int, **detail: Any) -> None:
+        """A warp that asked at model time `asked` goes on at `until` or before: count and trace its wait.
+
+        Whether it was parked is chance: also without that it has waited if `until` is later than `asked`.
+        """
         machine = self.machine
         machine.time[warp] = end = max(int(machine.time[warp]), until)
         machine.counters["barrier.waits"] += 1
-        start = self._since.pop((warp, ins.line), None)
-        if start is not None and machine.trace is not None:
+        start = self._since.pop((warp, ins.line), asked)
+        if end > start and machine.trace is not None:
             cta, inside = divmod(warp, machine.warps_per_cta)
             machine.trace.add("wait", cta, inside, start, end, ins.line, ins.text.strip(), **detail)

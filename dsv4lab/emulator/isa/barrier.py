@@ -154,8 +154,8 @@ class _Visit:
         machine, cta, warp = batch.machine, int(batch.ctas[row]), int(batch.warps[row])
         if machine.order is not None:
             machine.order.acquire(warp, ("bar", cta, barrier))
-        until = int(barriers.completed_at[barrier, cta])
-        machine.state(Waits).done(warp, self.ins, until, barrier=barrier)
+        asked, until = int(machine.time[warp]), int(barriers.completed_at[barrier, cta])
+        machine.state(Waits).done(warp, self.ins, asked, until, barrier=barrier)
 
 
 # The barrier of a cluster ----------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ def _cluster_wait(ins: Instruction):
             if complete[row]:
                 if machine.order is not None:
                     machine.order.acquire(warp, ("cluster", cluster))
-                machine.state(Waits).done(warp, ins, int(barriers.completed_at[cluster]), barrier="cluster")
+                asked, until = int(machine.time[warp]), int(barriers.completed_at[cluster])
+                machine.state(Waits).done(warp, ins, asked, until, barrier="cluster")
             else:
                 machine.state(Waits).park(
                     batch, row, ins, ("cluster", cluster), lambda c=cluster: barriers.describe(c)

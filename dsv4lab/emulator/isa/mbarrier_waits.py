@@ -97,8 +97,10 @@ class _Waiter:
             self._park(batch, row, barriers, open_)
 
     def _go_on(self, machine: Machine, barriers: Barriers, where: tuple[int, int], warp: int) -> None:
+        asked = int(machine.time[warp])
         until = barriers.acquire(*where, warp, self.acquire)
-        machine.state(Waits).done(warp, self.ins, until, barrier=where[1], phase=barriers.phase(*where) - 1)
+        waited = {"barrier": where[1], "phase": barriers.phase(*where) - 1}
+        machine.state(Waits).done(warp, self.ins, asked, until, **waited)
 
     def _asked_before(self, attempts: _Attempts, barriers: Barriers, warp: int, open_: list) -> bool:
         before = True
