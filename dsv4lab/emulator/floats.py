@@ -14,6 +14,7 @@ import numpy as np
 
 from dsv4lab.emulator.exact import fma64, in_order, rounded64
 from dsv4lab.emulator.rounding import (
+    F16,
     F32,
     F64,
     I64,
@@ -71,6 +72,29 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
             r = to_odd(total, error).astype(F32)
     bad = r != r
     return np.where(bad, _NAN32, r) if count(bad) else r
+
+
+def fma_half(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fma.rn of f16 (float16) or bf16 (float32)"""
+    a, b, c = (x.astype(F32).astype(F64) for x in (a, b, c))
+    product = a * b  # exact
+    total = product + c
+    r = total.astype(F32)
+    # Rounding on from float32 is wrong only where that lies half-way between two values and is not exact.
+    between = (r.view(U32) & _TAILS[name][0]) == _TAILS[name][1]
+    if count(between):
+        inexact = (total != r) | (np.abs(sum_error(product, c, total)) > 0)
+        if count(between & inexact):
+            return round_to(odd_sum(product, c), name)
+    return bf16_rn(r) if name == "bf16" else canonical(r.astype(F16))
+
+
+# Bits of a float32 that a format lacks, and what they are if it lies half-way. A subnormal float16 lacks more
+# than the 13 bits of the others; twelve zeros are common to all.
+_TAILS = {
+    "bf16": (np.array(0xFFFF, U32), np.array(0x8000, U32)),
+    "f16": (np.array(0xFFF, U32), np.array(0, U32)),
+}
 
 
 def _any_subnormal(x: np.ndarray) -> bool:
@@ -157,6 +181,8 @@ _FAST = {
     ("add", "f16"): lambda a, b: canonical(a + b),
     ("sub", "f16"): lambda a, b: canonical(a - b),
     ("mul", "f16"): lambda a, b: canonical(a * b),
+    ("fma", "f16"): partial(fma_half, "f16"),
+    ("fma", "bf16"): partial(fma_half, "bf16"),
     ("add", "bf16"): lambda a, b: bf16_rn(a + b),
     ("sub", "bf16"): lambda a, b: bf16_rn(a - b),
     ("mul", "bf16"): lambda a, b: bf16_rn(a * b),

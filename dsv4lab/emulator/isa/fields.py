@@ -9,7 +9,7 @@ from dsv4lab.emulator.isa.registry import Action, instruction
 from dsv4lab.emulator.lane_types import DTYPES
 from dsv4lab.emulator.ptx import Instruction
 
-_U32 = np.dtype(np.uint32)
+_U32, _BYTE = np.dtype(np.uint32), np.array(0xFF, np.uint32)
 _THIRTY_TWO, _THIRTY_ONE = np.array(32, _U32), np.array(31, _U32)
 
 
@@ -22,22 +22,19 @@ def _low_mask(length: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def bfe(ins: Instruction) -> Action:
     """Extract c bits of a from position b on; signed types repeat the field's upper bit."""
     type_ = checked_type(ins, "u32", "s32", "u64", "s64")
-    width = DTYPES[type_].itemsize * 8
-    unsigned = DTYPES[f"u{width}"]
+    dtype = DTYPES[type_]
+    width = dtype.type(dtype.itemsize * 8)
 
-    def function(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        position, length = (b & 0xFF).astype(unsigned), (c & 0xFF).astype(unsigned)
-        mask = _low_mask(length, unsigned)
-        field = np.right_shift(a.view(unsigned), position) & mask
-        if type_[0] == "u":
-            return field
-        top = np.minimum(position + length, width) - unsigned.type(1)
-        negative = (np.right_shift(a.view(unsigned), top) & unsigned.type(1)).astype(np.bool_) & (length > 0)
-        # Positions past the upper end of a are past the field too, so that they are copies of the sign.
-        real = _low_mask(np.maximum(width - position.astype(np.int64), 0).astype(unsigned), unsigned)
-        return np.where(negative, field | ~(mask & real), field).view(a.dtype)
+    def unsigned(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        position, length = (b & _BYTE).astype(dtype), (c & _BYTE).astype(dtype)
+        return np.right_shift(a, position) & _low_mask(length, dtype)
 
-    return pure(ins, function, (type_, "u32", "u32"), type_)
+    def signed(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        position, length = (b & _BYTE).astype(dtype), (c & _BYTE).astype(dtype)
+        above = width - np.minimum(position + length, width)  # bits above the field go out at the top
+        return np.where(length == 0, dtype.type(0), np.right_shift(np.left_shift(a, above), above + position))
+
+    return pure(ins, unsigned if type_[0] == "u" else signed, (type_, "u32", "u32"), type_)
 
 
 @instruction("bfi")
@@ -47,8 +44,8 @@ def bfi(ins: Instruction) -> Action:
     dtype = DTYPES[type_]
 
     def function(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-        position = (c & 0xFF).astype(dtype)
-        mask = np.left_shift(_low_mask((d & 0xFF).astype(dtype), dtype), position)
+        position = (c & _BYTE).astype(dtype)
+        mask = np.left_shift(_low_mask((d & _BYTE).astype(dtype), dtype), position)
         return (b & ~mask) | (np.left_shift(a, position) & mask)
 
     return pure(ins, function, (type_, type_, "u32", "u32"), type_)

@@ -8,6 +8,7 @@ the bits of a half of the operand.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -176,8 +177,16 @@ def _from_small(ins: Instruction, name: str, small: str, flags: list[str], scale
         scales = (scale[0] >> _EIGHT, scale[0]) if scale else (None, None)
         return _joined(half(upper, scales[0]), half(lower, scales[1]))
 
+    if not scaled:
+        convert = _looked_up(convert, _U8 if small == "e2m1" else _U16)
     reads = ((ins.operands[1], _result_type(small)), *((operand, "b16") for operand in ins.operands[2:]))
     return Pure(convert, reads, ((ins.operands[0], "b32"),))
+
+
+def _looked_up(function: Function, dtype: np.dtype) -> Function:
+    """A function of uint8 or uint16 as a table, made at its first call."""
+    table = cache(lambda: function(np.arange(1 << 8 * dtype.itemsize).astype(dtype)))
+    return lambda x: table().take(x)
 
 
 def _fixed_values(codes: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -19,6 +20,8 @@ MODES = {
     "ecr": (0x0000, 0x1110, 0x2210, 0x3210),
     "rc16": (0x1010, 0x3232, 0x1010, 0x3232),
 }
+_NIBBLES = np.array([0, 4, 8, 12], np.uint32)
+_SEVEN, _EIGHT = np.array(7, np.uint32), np.array(8, np.uint32)
 
 
 @instruction("prmt")
@@ -39,23 +42,23 @@ def prmt(ins: Instruction) -> Action:
 
 
 def permuted(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """prmt of uint32 (...) with a selector that may differ from lane to lane."""
-    both = b.astype(np.uint64) << 32 | a
-    result = np.zeros(1, np.uint32)
-    for i in range(4):
-        digit = c >> 4 * i
-        octet = (both >> ((digit & 7) * 8)).astype(np.uint8)
-        octet = np.where(digit & 8, np.where(octet & 0x80, np.uint8(0xFF), np.uint8(0)), octet)
-        result = result | octet.astype(np.uint32) << 8 * i
-    return result
+    """prmt of uint32 (...), each lane with its own selector."""
+    first = int(c.flat[0])
+    if np.count_nonzero(c == c.dtype.type(first)) == c.size:
+        return fixed(first & 0xFFFF)(a, b)
+    octets = (b.astype(np.uint64) << np.uint64(32) | a)[..., None].view(np.uint8)
+    digits = c[..., None] >> _NIBBLES
+    chosen = np.take_along_axis(octets, (digits & _SEVEN).astype(np.intp), axis=-1)
+    signs = (chosen.view(np.int8) >> 7).view(np.uint8)
+    return np.where(digits & _EIGHT, signs, chosen).view(np.uint32)[..., 0]
 
 
+@cache
 def fixed(selector: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """prmt with one selector, as shifts and masks of runs of neighbouring bytes."""
     digits = [selector >> 4 * i & 15 for i in range(4)]
     if any(digit & 8 for digit in digits):
-        constant = np.array(selector, np.uint32)
-        return lambda a, b: permuted(a, b, constant)
+        return _with_signs(digits)
     # For each source and each distance that bytes move, the bytes of the result that move so.
     moves: dict[tuple[int, int], int] = {}
     for place, digit in enumerate(digits):
@@ -73,6 +76,17 @@ def fixed(selector: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
                 part = part & mask
             result = part if result is None else result | part
         return result
+
+    return apply
+
+
+def _with_signs(digits: list[int]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    index = np.array([digit & 7 for digit in digits])
+    signed = np.array([digit > 7 for digit in digits])
+
+    def apply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        chosen = (b.astype(np.uint64) << np.uint64(32) | a)[..., None].view(np.uint8)[..., index]
+        return np.where(signed, (chosen.view(np.int8) >> 7).view(np.uint8), chosen).view(np.uint32)[..., 0]
 
     return apply
 
