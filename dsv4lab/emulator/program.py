@@ -123,7 +123,9 @@ class Program:
             for _, action in block.body
             if hasattr(action.function, "shared_bytes")
         ]
-        return min([16, *sizes])
+        # An mbarrier's 8 bytes are not data, and must not share a cell with what is.
+        barriers = any(ins.op == "mbarrier" for block in self.blocks for ins, _ in block.body)
+        return min([8 if barriers else 16, *sizes])
 
 
 def _blocks(function: Function) -> list[Block]:

@@ -193,14 +193,14 @@ class SharedMemory:
             missing = np.nonzero(~self.written[cta, start : start + nbytes])[0]
             self._never_written(start + int(missing[0]), len(missing))
         if self.order is not None and by is not None:
-            self.order.read("shared", cta, np.arange(start, start + nbytes), by)
+            self.order.read("shared", cta, slice(start, start + nbytes), by)
         return self.bytes[cta, start : start + nbytes].copy()
 
     def write_range(self, cta: int, start: int, data: np.ndarray, by: Access | None) -> None:
         """Set the bytes from `start` of a CTA's window."""
         self._check_range(start, start + len(data))
         if self.order is not None and by is not None:
-            self.order.write("shared", cta, np.arange(start, start + len(data)), by)
+            self.order.write("shared", cta, slice(start, start + len(data)), by)
         self.bytes[cta, start : start + len(data)] = data
         if self.written is not None:
             self.written[cta, start : start + len(data)] = True

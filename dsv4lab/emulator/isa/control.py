@@ -44,13 +44,18 @@ def fence(ins: Instruction) -> Effect:
 
         return fence_tensormap(ins)
 
-    def run(batch: Batch, mask: np.ndarray) -> None:
-        order = batch.machine.order
-        if order is not None:
-            for row in np.nonzero(mask.any(1))[0].tolist():
-                order.fence_async(int(batch.warps[row]))
+    spaces = {m.partition("::")[0] for m in ins.modifiers}
+    if not any(m.startswith("async") for m in ins.modifiers) or "global" in spaces:
+        # Only shared memory is watched.
+        return Effect(_nothing)
+    return Effect(_fence_async)
 
-    return Effect(run)
+
+def _fence_async(batch: Batch, mask: np.ndarray) -> None:
+    order = batch.machine.order
+    if order is not None:
+        batch.machine.note_line()
+        order.fence_async(batch.warps[mask.any(1)])
 
 
 @instruction("call")
