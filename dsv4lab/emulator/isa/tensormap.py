@@ -17,6 +17,7 @@ from dsv4lab.emulator.tensormap_use import ALIGNMENT, NBYTES, TensorMaps
 if TYPE_CHECKING:
     from dsv4lab.emulator.batch import Batch
 
+_COUNTING = 64  # bytes that a descriptor really has
 _INDEXED = ("box_dim", "global_dim", "global_stride", "element_stride")
 _WIDE = ("global_address", "global_stride")
 _CONSTANT = ("elemtype", "interleave_layout", "swizzle_mode", "swizzle_atomicity", "fill_mode")
@@ -51,10 +52,12 @@ def _find(issue: Issue, name: str, address: int, space: str) -> tuple[str, int, 
 
 
 def _read(issue: Issue, place: tuple[str, int, int]) -> bytes:
+    """The 128 bytes of a descriptor; kernels write no more than the lower half, which counts."""
     space, cta, at = place
     machine = issue.machine
     if space == "shared":
-        return machine.shared.read_range(cta, at, NBYTES, machine.access(issue.warp)).tobytes()
+        counting = machine.shared.read_range(cta, at, _COUNTING, machine.access(issue.warp))
+        return counting.tobytes() + machine.shared.bytes[cta, at + _COUNTING : at + NBYTES].tobytes()
     return machine.memory.view(at, NBYTES).tobytes()
 
 
@@ -64,7 +67,7 @@ def _write(issue: Issue, place: tuple[str, int, int], descriptor: bytes) -> None
     if space == "shared":
         machine.shared.write_range(cta, at, data, machine.access(issue.warp))
     else:
-        machine.memory.view(at, NBYTES)[:] = data
+        machine.memory.view(at, NBYTES)[: len(data)] = data
         machine.state(TensorMaps).change(at)
 
 
@@ -80,7 +83,7 @@ def _replace(ins: Instruction) -> Effect:
 
     def act(issue: Issue, address: int, value: int) -> None:
         place = _find(issue, "addr", address, space)
-        _write(issue, place, replace(_read(issue, place), field, value, number))
+        _write(issue, place, replace(_read(issue, place)[:_COUNTING], field, value, number))
 
     def run(batch: Batch, mask: np.ndarray, *values: np.ndarray) -> None:
         each(batch, mask, ins, act, *values)
