@@ -8,7 +8,7 @@ with what, not how long a GPU takes, and decides nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -103,7 +103,7 @@ class Issue:
             )
         return cta, offset
 
-    def trace(self, end: int, text: str, **detail: int) -> None:
+    def trace(self, end: int, text: str, **detail: Any) -> None:
         """Record the copy, from its issue to its end."""
         machine = self.machine
         if machine.trace is not None:

@@ -131,7 +131,7 @@ def _load(ins: Instruction, form: _Form) -> Effect:
             write_shared(whole, machine.shared, cta, place[1], tile, access)
 
         deliver(issue, where, signal[1], whole.nbytes, end, fetch, put)
-        _count(issue, "load", whole, coordinates, end)
+        _count(issue, "load", whole, coordinates, end, place[1])
 
     reads = [
         (target, "address"),
@@ -170,16 +170,16 @@ def _store(ins: Instruction, form: _Form) -> Effect:
         groups.add(
             issue, partial(read_shared, whole, machine.shared, cta, offset, access), write, access, end
         )
-        _count(issue, "store", whole, coordinates, end)
+        _count(issue, "store", whole, coordinates, end, offset)
 
     return effect(ins, act, [(ins.operands[1], "address"), *form.reads])
 
 
-def _count(issue: Issue, kind: str, box: Box, coordinates: tuple[int, ...], end: int) -> None:
+def _count(issue: Issue, kind: str, box: Box, coordinates: tuple[int, ...], end: int, offset: int) -> None:
     counters = issue.machine.counters
     counters[f"tma.{kind}s"] += 1
     counters[f"tma.{kind}_bytes"] += box.nbytes
     if issue.machine.trace is not None:
         size = " x ".join(map(str, box.counts[::-1]))
         text = f"{kind} of {size} {box.map.element} at {coordinates}"
-        issue.trace(end, text, bytes=box.nbytes)
+        issue.trace(end, text, bytes=box.nbytes, map=box.map, at=coordinates, shared=offset)
