@@ -50,7 +50,8 @@ def split(raw: np.ndarray, type_: str, count: int) -> tuple[np.ndarray, ...] | n
     if count == 1:
         return raw.view(dtype)
     parts = np.ascontiguousarray(raw).view(dtype).reshape(*raw.shape[:2], count)
-    return tuple(parts[..., i] for i in range(count))
+    # Each element's lanes side by side, as instructions that look into the bytes of a value need them.
+    return tuple(np.ascontiguousarray(parts.transpose(2, 0, 1)))
 
 
 def join(values: tuple[np.ndarray, ...], nbytes: int) -> np.ndarray:
