@@ -87,6 +87,7 @@ class ClusterBarriers:
             self.machine.wake(("cluster", cluster))
 
     def _exited(self, warps: np.ndarray) -> None:
+        """Lanes of these warps have ended: others need not wait for them."""
         self._settle(np.unique(warps // self.width))
 
     def describe(self, cluster: int) -> str:

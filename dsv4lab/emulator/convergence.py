@@ -94,7 +94,7 @@ class Convergence:
         batch.park(row, key, Reason(reason))
 
     def _exited(self, warps: np.ndarray) -> None:
-        """Lanes have ended: those that waited for them look again."""
+        """Lanes of these warps have ended: those that waited for them look again."""
         for warp, line in list(self._waiting):
             if warp in warps:
                 del self._waiting[warp, line]

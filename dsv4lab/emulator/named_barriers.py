@@ -53,7 +53,9 @@ class NamedBarriers:
         self._sums = np.zeros((2, *shape), np.int64)
         self.due = np.full((machine.warps, 32), _NOTHING, np.int64)
         self.reduced = np.zeros((3, machine.warps), np.int64)
-        self._living = np.full(machine.ctas, machine.warps_per_cta, np.int64)
+        # What the warps that are coming said: how many threads, and whether it is a reduction.
+        self._named = np.zeros(machine.warps, np.int64)
+        self._reduces = np.zeros(machine.warps, np.bool_)
         machine.on_exit.append(self._exited)
 
     def come(
@@ -84,12 +86,8 @@ class NamedBarriers:
         if values is not None:
             np.add.at(self._warp_sums[0], warps, (new & values).sum(1))
             np.add.at(self._warp_sums[1], warps, new.sum(1))
-        come = self._come[barrier, warps]
-        whole = np.flatnonzero((come != 0) & (alive(self.machine)[warps] & ~come == 0))
-        unique, first = np.unique(warps[whole], return_index=True)
-        if len(unique):
-            rows = whole[first]
-            self._arrive(barrier, unique, threads[rows], values is not None, rows)
+        self._named[warps], self._reduces[warps] = threads, values is not None
+        self._arrive_whole(barrier, warps)
 
     def fresh(self, warps: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Which rows (n,) bool have lanes that do not wait yet."""
@@ -108,41 +106,45 @@ class NamedBarriers:
 
     # Arrivals of whole warps -------------------------------------------------------------------------------
 
-    def _arrive(
-        self, barrier: int, warps: np.ndarray, threads: np.ndarray, reducing: bool, rows: np.ndarray
-    ) -> None:
+    def _arrive_whole(self, barrier: int, warps: np.ndarray) -> None:
+        """Those of these warps (n,) arrive whose lanes have all come."""
+        come = self._come[barrier, warps]
+        whole = np.flatnonzero((come != 0) & (alive(self.machine)[warps] & ~come == 0))
+        unique, first = np.unique(warps[whole], return_index=True)
+        if len(unique):
+            self._arrive(barrier, unique, whole[first])
+
+    def _arrive(self, barrier: int, warps: np.ndarray, rows: np.ndarray) -> None:
         """Warps (n,), each once, arrive; `rows` are theirs in the batch, for errors."""
-        ctas = warps // self.machine.warps_per_cta
+        ctas, threads = warps // self.machine.warps_per_cta, self._named[warps]
         if len(warps) > 1 and self._overflows(barrier, ctas, threads):
             # More come at once than one phase takes: one after the other.
             for i in range(len(warps)):
-                one = slice(i, i + 1)
-                self._arrive(barrier, warps[one], threads[one], reducing, rows[one])
+                self._arrive(barrier, warps[i : i + 1], rows[i : i + 1])
             return
-        self._check(barrier, warps, threads, reducing, rows)
+        self._check(barrier, warps, rows)
         bits = self._come[barrier, warps]
         self.due[warps] = np.where(mask_of(bits), self.phase[barrier, ctas][:, None], self.due[warps])
         self._come[barrier, warps] = 0
         self._here[barrier, warps] = True
         np.add.at(self.arrived[barrier], ctas, 32)
         np.maximum.at(self._latest[barrier], ctas, self.machine.time[warps])
-        if reducing:
-            for total, mine in zip(self._sums[:, barrier], self._warp_sums, strict=True):
-                np.add.at(total, ctas, mine[warps])
-            self._warp_sums[:, warps] = 0
+        for total, mine in zip(self._sums[:, barrier], self._warp_sums, strict=True):
+            np.add.at(total, ctas, mine[warps])
+        self._warp_sums[:, warps] = 0
         self._settle(barrier, np.unique(ctas))
 
     def _needed(self, ctas: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        return np.where(threads == ALL, self._living[ctas] * 32, threads)
+        living = (alive(self.machine).reshape(self.machine.ctas, -1)[ctas] != 0).sum(1)
+        return np.where(threads == ALL, living * 32, threads)
 
     def _overflows(self, barrier: int, ctas: np.ndarray, threads: np.ndarray) -> bool:
         come = np.bincount(ctas, minlength=self.machine.ctas) * 32 + self.arrived[barrier]
         return bool((come[ctas] > self._needed(ctas, threads)).any())
 
-    def _check(
-        self, barrier: int, warps: np.ndarray, threads: np.ndarray, reducing: bool, rows: np.ndarray
-    ) -> None:
+    def _check(self, barrier: int, warps: np.ndarray, rows: np.ndarray) -> None:
         """Refuse counts that cannot be; note what the phase is about, and refuse what does not go with it."""
+        threads, reducing = self._named[warps], self._reduces[warps]
         ctas, whole = warps // self.machine.warps_per_cta, self.machine.warps_per_cta * 32
 
         def refuse(wrong: np.ndarray, why: str) -> None:
@@ -158,7 +160,7 @@ class NamedBarriers:
         )
         first = self.threads[barrier, ctas] == _NOBODY
         self.threads[barrier, ctas[first]] = threads[first]
-        self._reducing[barrier, ctas[first]] = reducing
+        self._reducing[barrier, ctas[first]] = reducing[first]
         before = self.threads[barrier, ctas]
         before = np.where(before == ALL, whole, before)
         refuse(before != named, "it is for {before} threads, and a warp comes to it for {named}")
@@ -189,10 +191,12 @@ class NamedBarriers:
             self.machine.wake(key)
 
     def _exited(self, warps: np.ndarray) -> None:
-        ctas = warps // self.machine.warps_per_cta
-        np.subtract.at(self._living, ctas, 1)
-        for barrier in np.flatnonzero((self.threads == ALL).any(1)).tolist():
-            self._settle(barrier, np.unique(ctas))
+        """Lanes of these warps have ended: others need not wait for them."""
+        ctas = np.unique(warps // self.machine.warps_per_cta)
+        for barrier in np.flatnonzero(self._come[:, warps].any(1)).tolist():
+            self._arrive_whole(barrier, warps)
+        for barrier in np.flatnonzero((self.threads[:, ctas] == ALL).any(1)).tolist():
+            self._settle(barrier, ctas)
 
     def describe(self, barrier: int, cta: int) -> str:
         """Which barrier, its phase, and how many threads have arrived."""
