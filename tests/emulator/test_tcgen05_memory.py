@@ -114,6 +114,7 @@ def test_unpacked_stores_fill_two_columns(ptx_kernel):
     "form, expected",
     [
         ("max.f32", lambda x: np.fmax.reduce(x.view(np.float32), axis=1)),
+        ("min.f32", lambda x: np.fmin.reduce(x.view(np.float32), axis=1)),
         ("min.abs.f32", lambda x: np.fmin.reduce(np.abs(x.view(np.float32)), axis=1)),
         ("max.NaN.f32", lambda x: np.maximum.reduce(x.view(np.float32), axis=1)),
         ("min.u32", lambda x: x.min(axis=1)),
@@ -219,6 +220,11 @@ def test_an_allocation_waits_for_columns(ptx_kernel):
  tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r7, 512;
 OTHERS:
  @%p1 bra END;
+ mov.u32 %r6, 0;
+AGAIN:
+ add.u32 %r6, %r6, 1;
+ setp.lt.u32 %p6, %r6, 300;
+ @%p6 bra AGAIN;
  tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r10, 512;
  bra END;
 """

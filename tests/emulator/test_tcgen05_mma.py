@@ -182,6 +182,16 @@ def test_lanes_that_are_left_alone(ptx_kernel):
     np.testing.assert_array_equal(found.view(np.float32), expected)
 
 
+def test_lanes_that_are_left_alone_of_m_64(ptx_kernel):
+    a, b, case = half_case(m=64)
+    case.cells = np.full((128, 64), 7.0, np.float32).view(np.uint32)
+    # Rows 16 and up begin at lane 32; lane 20 holds none.
+    found, _ = case.run(ptx_kernel, tail="{{0x100001, 4, 0, 0}}, {p}")
+    expected = product(a, b)
+    expected[[0, 18]] = 7
+    np.testing.assert_array_equal(found.view(np.float32).reshape(4, 32, 64)[:, :16].reshape(64, 64), expected)
+
+
 @pytest.mark.parametrize("lane", [0, 16])
 def test_m_64_fills_half_of_each_quarter(ptx_kernel, lane):
     a, b, case = half_case(m=64)
