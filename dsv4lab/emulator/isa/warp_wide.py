@@ -24,7 +24,7 @@ def warp_wide(ins: Instruction, core: Callable[..., Any], reads: Typed, writes: 
     Args:
         ins: the instruction.
         core: of (batch, mask, *reads), one row a warp whose mask is all True or all False; returns a tuple of
-            values (n, 32), or None.
+            values (n, 32), or None. It may park rows, and returns then what their destinations hold.
         reads, writes: as of Wait.
     """
 
@@ -32,9 +32,12 @@ def warp_wide(ins: Instruction, core: Callable[..., Any], reads: Typed, writes: 
         if mask.all():
             return _results(core(batch, mask, *values))
         whole = _whole(batch, mask, ins)
-        _, first = np.unique(batch.warps, return_index=True)
+        _, first, of_warp = np.unique(batch.warps, return_index=True, return_inverse=True)
         rows = batch if len(first) == len(batch) else batch.take(first)
         results = together(batch, whole, lambda m, *v: core(rows, m, *v), *values)
+        if rows is not batch:
+            for row in np.flatnonzero(np.isin(of_warp, list(rows.parked))).tolist():
+                batch.parked[row] = rows.parked[int(of_warp[row])]
         return _results(kept(batch, writes, results))
 
     return Wait(function, reads, writes)

@@ -1,0 +1,152 @@
+"""What warpgroups have under way: who has come to a wgmma.mma_async, its groups, fences and model time.
+
+A warpgroup is four warps of a CTA whose first one's index is a multiple of 4. All four execute mma_async
+together: those that come first wait for the others.
+
+Model time, for the timeline only: the tensor cores of an SM do so many multiply-adds a cycle; 2048 of fp16
+are H100's 989 TFLOPS dense with 132 SMs at 1.83 GHz.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4lab.emulator.errors import EmulatorError, at
+from dsv4lab.emulator.ptx import Instruction
+from dsv4lab.emulator.waits import Reason
+
+if TYPE_CHECKING:
+    from dsv4lab.emulator.batch import Batch
+    from dsv4lab.emulator.happens_before import Access
+    from dsv4lab.emulator.machine import Machine
+
+WARPS = 4
+MULTIPLY_ADDS_PER_CYCLE = {"tf32": 1024, "f16": 2048, "f8f6f4": 4096, "i8": 4096}
+
+
+class WarpgroupError(EmulatorError):
+    """A use of wgmma that its rules forbid."""
+
+
+class Warpgroups:
+    """The warpgroups of a wave; `machine.state(Warpgroups)` is the one of a machine.
+
+    Attributes:
+        fenced: bool (warps,), which warps have executed wgmma.fence.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.fenced = np.zeros(machine.warps, np.bool_)
+        self._free = np.zeros(machine.ctas, np.int64)
+        self._end = np.zeros(machine.warps, np.int64)
+        self._come: dict[tuple[int, int], dict[int, tuple]] = {}
+        self._may_go: set[tuple[int, int]] = set()
+        self._open: dict[int, Access | None] = {}
+        self._groups: dict[int, deque[tuple[Access | None, int]]] = {}
+        if "leaks" in machine.checks:
+            machine.at_end.append(self._check_end)
+
+    # Coming together ---------------------------------------------------------------------------------------
+
+    def first_warp(self, warp: int) -> int:
+        """The first warp of a warp's warpgroup; both are numbers in the wave."""
+        return warp - warp % self.machine.warps_per_cta % WARPS
+
+    def gather(
+        self, batch: Batch, rows: np.ndarray, same: list[tuple], ins: Instruction
+    ) -> dict[int, list[int]]:
+        """Rows that execute an mma_async now, by the first warp of their warpgroup; the others are parked.
+
+        Args:
+            batch: one row a warp.
+            rows: those that execute the instruction.
+            same: for each row of the batch, what the warps of a warpgroup must agree on.
+            ins: the instruction.
+        Raises:
+            WarpgroupError: where they do not.
+        """
+        groups: dict[int, list[int]] = {}
+        for row in rows.tolist():
+            groups.setdefault(self.first_warp(int(batch.warps[row])), []).append(row)
+        return {
+            first: go for first, those in groups.items() if (go := self._go(batch, first, those, same, ins))
+        }
+
+    def _go(
+        self, batch: Batch, first: int, rows: list[int], same: list[tuple], ins: Instruction
+    ) -> list[int]:
+        warps = [int(batch.warps[row]) for row in rows]
+        free = [row for row, warp in zip(rows, warps, strict=True) if (warp, ins.line) in self._may_go]
+        if free:
+            self._may_go -= {(int(batch.warps[row]), ins.line) for row in free}
+            return free
+        come = self._come.setdefault((first, ins.line), {})
+        come.update((warp, same[row]) for row, warp in zip(rows, warps, strict=True))
+        if len(come) == WARPS:
+            del self._come[first, ins.line]
+            if len(set(come.values())) > 1:
+                raise at(
+                    WarpgroupError(f"the warps of a warpgroup do not agree on the operands of {ins.opcode}"),
+                    rows[0],
+                )
+            if len(rows) < WARPS:
+                self._may_go |= {(warp, ins.line) for warp in come if warp not in warps}
+                self.machine.wake(("wgmma", first, ins.line))
+            return rows
+        for row in rows:
+            batch.park(row, ("wgmma", first, ins.line), Reason(lambda: self._missing(first, come)))
+        return []
+
+    def _missing(self, first: int, come: dict[int, tuple]) -> str:
+        cta = first - first % self.machine.warps_per_cta
+        absent = ", ".join(str(warp - cta) for warp in range(first, first + WARPS) if warp not in come)
+        return f"the other warps of its warpgroup ({absent} of the CTA) to come there too"
+
+    # Operations, groups, time ------------------------------------------------------------------------------
+
+    def issue(self, warp: int) -> Access | None:
+        """Token of an mma_async that a warp issues now."""
+        if not self.fenced[warp]:
+            raise WarpgroupError("the warp has executed no wgmma.fence before its first wgmma.mma_async")
+        self._open[warp] = self.machine.access_async(warp, ("wgmma", warp), in_order=True)
+        return self._open[warp]
+
+    def occupy(self, first: int, kind: str, multiply_adds: int) -> tuple[int, int]:
+        """Model time from and until which the tensor cores work on an operation that is issued now."""
+        cta, warps = first // self.machine.warps_per_cta, slice(first, first + WARPS)
+        start = max(int(self.machine.time[warps].max()), int(self._free[cta]))
+        end = start + -(-multiply_adds // MULTIPLY_ADDS_PER_CYCLE[kind])
+        self._free[cta] = self._end[warps] = end
+        return start, end
+
+    def commit(self, warp: int) -> None:
+        """What a warp has issued since the last commit becomes a group, empty or not."""
+        groups = self._groups.setdefault(warp, deque())
+        groups.append((self._open.pop(warp, None), int(self._end[warp])))
+
+    def wait(self, warp: int, pending: int) -> int:
+        """All but the last `pending` groups of a warp are to be complete; returns the model time of that."""
+        groups, order, time = self._groups.get(warp, ()), self.machine.order, 0
+        while len(groups) > pending:
+            token, end = groups.popleft()
+            time = max(time, end)
+            if order is not None and token is not None:
+                # The operations of a warp are in order: the last one of a group stands for it.
+                order.release_access(token, ("wgmma", warp))
+                order.complete(("wgmma", warp))
+                order.acquire(warp, ("wgmma", warp))
+        return time
+
+    def _check_end(self) -> None:
+        """Raises WarpgroupError for operations that nobody has waited for when the kernel ends."""
+        for warp in sorted({*self._open, *(warp for warp, groups in self._groups.items() if groups)}):
+            cta, inside = divmod(warp, self.machine.warps_per_cta)
+            what = "committed" if warp in self._open else "waited for"
+            raise WarpgroupError(
+                f"warp {inside} of CTA {tuple(map(int, self.machine.cta_index[cta]))} has ended with "
+                f"wgmma.mma_async operations that it has not {what}"
+            )
