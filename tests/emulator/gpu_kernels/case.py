@@ -143,18 +143,17 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 
 
 def gemm_bound(a: torch.Tensor, b: torch.Tensor, target: torch.dtype) -> torch.Tensor:
-    """How far a @ b.T with fp32 accumulation and output `target` may be from the exact product.
+    """How far a @ b.T with fp32 accumulation may be from the exact product, both rounded to `target`.
 
     Tensor cores truncate: each of K additions costs up to 2**-23 of a sum that is at most sum(|a| |b|). Then
-    the result is rounded to the target.
+    both round by up to half a unit in the last place.
 
     Args:
         a, b: (M, K) and (N, K), float64.
     """
-    depth = a.shape[1]
-    accumulation = depth * 2.0**-23 * (a.abs() @ b.abs().T)
-    half = torch.finfo(target).eps / 2 if target is not torch.float32 else 0.0
-    return accumulation * (1 + half) + half * (a @ b.T).abs()
+    accumulation = a.shape[1] * 2.0**-23 * (a.abs() @ b.abs().T)
+    unit = torch.finfo(target).eps if target is not torch.float32 else 0.0
+    return accumulation + unit * ((a @ b.T).abs() + accumulation)
 
 
 def gemm_operands(
