@@ -1,7 +1,6 @@
 """wgmma: every type, layout and form in a kernel against NumPy; its groups, its errors; CuTe's GEMM."""
 
-from __future__ import annotations
-
+# No annotations from __future__: cute.kernel reads them as types.
 from itertools import pairwise
 
 import cutlass
@@ -9,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cutlass import cute
+from cutlass import cute, memory
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import hopper_helpers
 
 from dsv4lab.emulator import DeadlockError, UnsupportedInstruction, device
 from dsv4lab.emulator.isa.fragments import accumulator_of, rows_of
@@ -400,6 +400,91 @@ def test_forms_that_do_not_exist(ptx_kernel, name, operands):
 
 
 # CuTe ------------------------------------------------------------------------------------------------------
+
+
+KIND = warpgroup.SmemLayoutAtomKind
+ATOMS = {
+    "K": (KIND.K_INTER, KIND.K_SW32, KIND.K_SW64, KIND.K_SW128),
+    "MN": (KIND.MN_INTER, KIND.MN_SW32, KIND.MN_SW64, KIND.MN_SW128),
+}
+DEPTH = 4  # instructions along K
+
+
+@cute.kernel
+def _tile_kernel(
+    mma: cute.TiledMma, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, layout_a: cute.ComposedLayout,
+    layout_b: cute.ComposedLayout,
+):  # fmt: skip
+    thread, _, _ = cute.arch.thread_idx()
+    smem = memory.SmemAllocator()
+    sa = smem.allocate_tensor(a.element_type, layout_a.outer, byte_alignment=1024, swizzle=layout_a.inner)
+    sb = smem.allocate_tensor(b.element_type, layout_b.outer, byte_alignment=1024, swizzle=layout_b.inner)
+    for i in cutlass.range(cute.size(a) // 128, unroll=1):
+        row, k = (i * 128 + thread) % 64, (i * 128 + thread) // 64
+        sa[row, k] = a[row, k]
+    for i in cutlass.range(cute.size(b) // 128, unroll=1):
+        row, k = (i * 128 + thread) % b.shape[0], (i * 128 + thread) // b.shape[0]
+        sb[row, k] = b[row, k]
+    cute.arch.fence_proxy("async.shared", space="cta")
+    cute.arch.sync_threads()
+    part = mma.get_slice(thread)
+    cra = mma.make_fragment_A(part.partition_A(sa))
+    crb = mma.make_fragment_B(part.partition_B(sb))
+    target = part.partition_C(c)
+    total = cute.make_rmem_tensor(target.shape, c.element_type)
+    warpgroup.fence()
+    for k in cutlass.range_constexpr(DEPTH):
+        mma.set(warpgroup.Field.ACCUMULATE, k > 0)
+        cute.gemm(mma, total, cra[(None, None, k)], crb[(None, None, k)], total)
+    warpgroup.commit_group()
+    warpgroup.wait_group(0)
+    cute.autovec_copy(total, target)
+
+
+def tile_gemm(element, n, kind_a, kind_b):
+    """A host function of pointers to A (64, K), B (n, K) and C (64, n), all row-major."""
+    k = DEPTH * 32 * 8 // element.width
+    majors = [
+        OperandMajorMode.K if kind.name.startswith("K") else OperandMajorMode.MN for kind in (kind_a, kind_b)
+    ]
+
+    @cute.jit
+    def host(a: cute.Pointer, b: cute.Pointer, c: cute.Pointer):
+        mma = hopper_helpers.make_trivial_tiled_mma(
+            element, element, majors[0], majors[1], c.dtype, (1, 1, 1), (64, n)
+        )
+        ta, tb, tc = (
+            cute.make_tensor(p, cute.make_layout(shape, stride=(shape[1], 1)))
+            for p, shape in ((a, (64, k)), (b, (n, k)), (c, (64, n)))
+        )
+        la = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind_a, element), (64, k), (0, 1))
+        lb = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind_b, element), (n, k), (1, 0))
+        _tile_kernel(mma, ta, tb, tc, la, lb).launch(grid=(1, 1, 1), block=(128, 1, 1))
+
+    return host
+
+
+# Type, accumulator, atoms of A and B.
+TILES = [("f16", "f32", a, b) for i, a in enumerate(ATOMS["K"] + ATOMS["MN"]) for b in
+         ((ATOMS["K"] + ATOMS["MN"])[(3 * i + 1) % 8], (ATOMS["MN"] + ATOMS["K"])[i])]  # fmt: skip
+TILES += [("s8", "s32", a, b) for a, b in zip(ATOMS["K"], ATOMS["K"][::-1], strict=True)]
+ELEMENTS = {"f16": cutlass.Float16, "s8": cutlass.Int8}
+
+
+@pytest.mark.parametrize(("type_", "accumulator", "kind_a", "kind_b"), TILES, ids=str)
+def test_layouts_of_cute(ptx_kernels, type_, accumulator, kind_a, kind_b):
+    """CuTe's own layouts and descriptors, each major-ness and swizzle for A and for B."""
+    rng = np.random.default_rng(1)
+    n, k = 128, DEPTH * 32 // np.dtype(DTYPES[type_]).itemsize
+    a, b = (torch.from_numpy(random(rng, type_, (rows, k), False)) for rows in (64, n))
+    out = {"f32": (torch.float32, cutlass.Float32), "s32": (torch.int32, cutlass.Int32)}[accumulator]
+    with device("sm_90a") as gpu:
+        a, b, c = gpu.from_torch(a), gpu.from_torch(b), gpu.from_torch(torch.zeros(64, n, dtype=out[0]))
+        types = (ELEMENTS[type_], ELEMENTS[type_], out[1])
+        pointers = [ptx_kernels.pointer(t, x.data_ptr()) for t, x in zip(types, (a, b, c), strict=True)]
+        function = tile_gemm(ELEMENTS[type_], n, kind_a, kind_b)
+        cute.compile(function, *pointers)(*pointers)
+    assert torch.equal(c.double(), a.double() @ b.double().T)
 
 
 @pytest.mark.parametrize("seed", range(2))
