@@ -12,6 +12,8 @@ import pytest
 from dsv4lab.emulator.errors import UninitialisedError
 from dsv4lab.emulator.isa.registry import UnsupportedInstruction
 from dsv4lab.emulator.matrix_descriptor import DescriptorError
+from dsv4lab.emulator.small_floats import decode_nibbles
+from dsv4lab.emulator.tensor_core import dot
 from dsv4lab.emulator.tensor_memory import TensorMemoryError
 
 path = Path(__file__).with_name("tcgen05_text.py")
@@ -314,8 +316,8 @@ def nvfp4(seed=0, n=64):
 
 
 def scale_cells(a, b):
-    """Columns 128 to 163 with the scales of A in 4 and of B in 2, in every quarter of the lanes."""
-    cells = np.zeros((128, SCALES_B - SCALES_A + 2), np.uint32)
+    """Columns from 128 on with the scales of A in 4 and of B from 160 on, in every quarter of the lanes."""
+    cells = np.zeros((128, SCALES_B - SCALES_A + len(b) // 32), np.uint32)
     for codes, column in ((a, 0), (b, SCALES_B - SCALES_A)):
         words = codes.view(np.uint32).reshape(-1, 32).T
         cells[:, column : column + words.shape[1]] = np.tile(words, (4, 1))
@@ -411,6 +413,23 @@ def test_hardware_mode_is_the_bit_model(ptx_kernel):
     # 2**16 + 2**-12 - 2**16: the small term is cut at 25 fractional bits of the large ones.
     assert exact.view(np.float32)[0, 0] == 2.0**-12
     assert bits.view(np.float32)[0, 0] == 0
+
+
+def test_hardware_mode_with_scales(ptx_kernel):
+    (a, _, sa), (b, _, sb) = nvfp4(seed=5, n=128)
+    start = np.random.default_rng(6).standard_normal((128, 128)).astype(np.float32) * 1e4
+    cells = np.concatenate([start.view(np.uint32), scale_cells(sa, sb)], axis=1)
+    case = Multiplication("mxf4nvf4", a, b, word(a=1, b=1, n=128, m=128), cells=cells)
+    found, _ = case.run(ptx_kernel, columns=128, accumulate=True, options={"mma": "hardware"}, **SCALED)
+    values = [decode_nibbles(packed).reshape(-1, 64) for packed in (a, b)]
+    scales = [codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) for codes in (sa, sb)]
+    right = dot(
+        *values, start, kind="mxf4nvf4", types=("e2m1", "e2m1"), mode="hardware",
+        scales_a=scales[0], scales_b=scales[1], scale_type="ue4m3",
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, right.view(np.uint32))
+    exact, _ = case.run(ptx_kernel, columns=128, accumulate=True, **SCALED)
+    assert (exact != found).any()
 
 
 # Two CTAs ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ accumulator's rows in its tensor memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -106,20 +107,43 @@ def _product(
 ) -> np.ndarray:
     """A block of the new accumulator."""
     descriptor, b = work.descriptor, b[slice(*block.columns)]
-    c = _accumulator(tensor, work, cta, block, (len(a), len(b)))
+    shape, parts = (len(a), len(b)), _parts(len(a), len(b), descriptor.k)
+    c = _accumulator(tensor, work, cta, block, shape)
+    c, b = c.reshape(len(a), parts, -1).swapaxes(0, 1), b.reshape(parts, -1, descriptor.k)
     if descriptor.kind == "i8":
-        return dot_integer(a, b, c, saturate=descriptor.saturate)
-    scaled = {}
-    if work.form.block:
-        scaled["scale_type"] = descriptor.scale
-        count = descriptor.k // work.form.block
-        for side, column, rows in zip("ab", work.scales, (len(a), len(b)), strict=True):
-            scaled[f"scales_{side}"] = scale_values(
-                tensor, cta, column, rows, block.partitions, descriptor, side, count, work.by
-            )
-    return dot(
-        a, b, c, kind=descriptor.kind, types=descriptor.types, mode=mode, accumulator=descriptor.d, **scaled
-    )
+        found = dot_integer(a, b, c, saturate=descriptor.saturate)
+    else:
+        scaled = _scales(tensor, work, cta, block, shape) if work.form.block else {}
+        if scaled:
+            scaled["scales_b"] = scaled["scales_b"].reshape(parts, b.shape[1], -1)
+        found = dot(
+            a, b, c, kind=descriptor.kind, types=descriptor.types, mode=mode,
+            accumulator=descriptor.d, **scaled,
+        )  # fmt: skip
+    return found.swapaxes(0, 1).reshape(shape)
+
+
+@cache
+def _parts(m: int, n: int, k: int) -> int:
+    """Parts of N that are multiplied one by one, so small that BLAS does not start threads for them.
+
+    It does beyond 2**18 multiply-adds, gains nothing by it at these sizes, and loses much on busy cores.
+    """
+    return next(parts for parts in range(1, n + 1) if n % parts == 0 and m * n * k <= parts << 18)
+
+
+def _scales(
+    tensor: TensorMemory, work: Work, cta: int, block: Block, shape: tuple[int, int]
+) -> dict[str, np.ndarray | str]:
+    """The scales that go with a block, as `dot` takes them."""
+    descriptor = work.descriptor
+    count = descriptor.k // work.form.block
+    found = {"scale_type": descriptor.scale}
+    for side, column, rows in zip("ab", work.scales, shape, strict=True):
+        found[f"scales_{side}"] = scale_values(
+            tensor, cta, column, rows, block.partitions, descriptor, side, count, work.by
+        )
+    return found
 
 
 def _accumulator(
