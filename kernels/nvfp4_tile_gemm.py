@@ -3,29 +3,30 @@
 Each CTA of four warps computes a 128 x 128 tile of C and goes through K in steps of 256:
 
 - warp 0 asks TMA for four boxes a step: codes and block scales of A and of B. They land in shared memory, in
-  one of STAGES buffers, and `full[stage]` counts their bytes;
+  one of a few buffers or stages, and `full[stage]` counts their bytes;
 - warp 1 waits for `full`, copies the scales on to tensor memory, where MMAs want them, and issues four MMAs
   of K = 64. `empty[stage]` hears when the buffer has been read, `done` when all has been multiplied;
 - all four warps wait for `done` and carry the sums from tensor memory through registers to C.
 
 The first letter of a tensor says where it is: m whole in global memory, g this CTA's tiles of it, s shared
-memory, t tensor memory, r registers. What a fast kernel adds: tiles of two CTAs, more stages, a loop over
-tiles in which the stores of one overlap the MMAs of the next, C through shared memory and TMA.
+memory, t tensor memory, r registers. A fast kernel has tiles of two CTAs, and a loop over them in which the
+stores of one overlap the MMAs of the next.
 """
 
 # No annotations from __future__: the DSL reads them as types.
 import cutlass
 import torch
+from cuda.bindings.driver import CUstream
 from cutlass import cute, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
-from cutlass.cute.runtime import from_dlpack
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
 from dsv4lab.formats import BLOCK, NVFP4Tensor
 from dsv4lab.layouts import with_scale_layout
 
+from .launch import As, launch
+
 TILE = (128, 128, 256)  # rows and columns of C, and K of a stage
-STAGES = 2
 COLUMNS, SFA_COLUMN, SFB_COLUMN = 256, 128, 144  # of tensor memory: 128 of sums, 16 and 16 of scales
 CODE, SCALE, SUM, OUT = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN, cutlass.Float32, cutlass.BFloat16
 
@@ -49,9 +50,9 @@ def _kernel(
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     boxes = [cute.slice_(layout, (None, None, None, 0)) for layout in layouts]
     nbytes = sum(cute.size_in_bytes(CODE if i < 2 else SCALE, box) for i, box in enumerate(boxes))
-    smem = memory.SmemAllocator()
-    full = smem.allocate_array(cutlass.Int64, STAGES)
-    empty = smem.allocate_array(cutlass.Int64, STAGES)
+    stages, smem = layouts[2].shape[3], memory.SmemAllocator()
+    full = smem.allocate_array(cutlass.Int64, stages)
+    empty = smem.allocate_array(cutlass.Int64, stages)
     done = smem.allocate_array(cutlass.Int64, 1)
     address = smem.allocate_array(cutlass.Int32, 1)
     # A swizzle repeats every 1024 bytes, and counts them from address 0.
@@ -62,7 +63,7 @@ def _kernel(
 
     if warp == 0:
         with cute.arch.elect_one():
-            for stage in cutlass.range_constexpr(STAGES):
+            for stage in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(full + stage, 1)
                 cute.arch.mbarrier_init(empty + stage, 1)
             cute.arch.mbarrier_init(done, 1)
@@ -91,7 +92,7 @@ def _kernel(
 
     if warp == 0:
         for k in cutlass.range(steps, unroll=1):
-            stage, lap = k % STAGES, k // STAGES
+            stage, lap = k % stages, k // stages
             # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
             cute.arch.mbarrier_wait(empty + stage, (lap + 1) % 2)
             with cute.arch.elect_one():
@@ -106,7 +107,7 @@ def _kernel(
         copy_sfb, from_sfb, to_sfb = scales_copy(s_sfb, t_sfb)
         mma.set(tcgen05.Field.ACCUMULATE, False)
         for k in cutlass.range(steps, unroll=1):
-            stage, lap = k % STAGES, k // STAGES
+            stage, lap = k % stages, k // stages
             cute.arch.mbarrier_wait(full + stage, lap % 2)
             cute.copy(copy_sfa, from_sfa[None, None, None, None, stage], to_sfa)
             cute.copy(copy_sfb, from_sfb[None, None, None, None, stage], to_sfb)
@@ -122,18 +123,16 @@ def _kernel(
 
     # Lane i of tensor memory holds row i of the tile, and each warp can read 32 lanes: those of its threads.
     cute.arch.mbarrier_wait(done, 0)
-    scale = m_scale[0]
-    sums = t_sums[(None, None), 0, 0]
-    atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition.x32), SUM)
-    load = tcgen05.make_tmem_copy(atom, sums)
-    t_part = load.get_slice(thread).partition_S(sums)
-    g_part = load.get_slice(thread).partition_D(cute.local_tile(m_c, TILE[:2], (m, n)))
+    sums, op = t_sums[(None, None), 0, 0], tcgen05.Ld32x32bOp(tcgen05.Repetition.x32)
+    load = tcgen05.make_tmem_copy(cute.make_copy_atom(op, SUM), sums)
+    own, g_c = load.get_slice(thread), cute.local_tile(m_c, TILE[:2], (m, n))
+    t_part, g_part = own.partition_S(sums), own.partition_D(g_c)
     r_sums = cute.make_rmem_tensor(g_part[None, None, 0].shape, SUM)
     r_c = cute.make_rmem_tensor(r_sums.shape, OUT)
     for i in cutlass.range(cute.size(t_part, mode=[2]), unroll=1):
         cute.copy(load, t_part[None, None, i], r_sums)
         cute.arch.fence_view_async_tmem_load()
-        r_c.store((r_sums.load() * scale).to(OUT))
+        r_c.store((r_sums.load() * m_scale[0]).to(OUT))
         if m * TILE[0] + thread < m_c.shape[0]:
             cute.autovec_copy(r_c, g_part[None, None, i])
     # Nobody reads any more what is given back.
@@ -145,55 +144,56 @@ def _kernel(
 _kernel.set_name_prefix("nvfp4_tile_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
 
 
-@cute.jit
-def gemm(
-    a: cute.Tensor, b: cute.Tensor, sfa: cute.Tensor, sfb: cute.Tensor, scale: cute.Tensor, c: cute.Tensor
-):
-    """c (M, N) = scale[0] (a sfa) (b sfb)^T of codes uint8 (M or N, K/2) and swizzled scales uint8."""
-    # TMA wants rows of whole 16 bytes, which are 32 codes.
-    rows, columns, depth = c.shape[0], cute.assume(c.shape[1], TILE[1]), cute.assume(a.shape[1] * 2, 32)
-    m_c = cute.make_tensor(c.iterator, cute.make_layout((rows, columns), stride=(columns, 1)))
-    mma = blackwell_helpers.make_blockscaled_trivial_tiled_mma(
-        CODE, CODE, OperandMajorMode.K, OperandMajorMode.K, SCALE, BLOCK, tcgen05.CtaGroup.ONE, TILE[:2]
-    )
-    layouts = [
-        blackwell_helpers.make_smem_layout_a(mma, TILE, CODE, STAGES),
-        blackwell_helpers.make_smem_layout_b(mma, TILE, CODE, STAGES),
-        blockscaled_layout.make_smem_layout_sfa(mma, TILE, BLOCK, STAGES),
-        blockscaled_layout.make_smem_layout_sfb(mma, TILE, BLOCK, STAGES),
-    ]
-    # Chunks of 128 rows by 4 scales, see dsv4lab.layouts, for TMA words: its box of bytes would be too long.
-    plain = [cute.make_layout((size, depth), stride=(depth, 1)) for size in (rows, columns)]
-    chunks = [blockscaled_layout.tile_atom_to_shape_SF((size, depth, 1), BLOCK) for size in (rows, columns)]
-    loads, sources = [], []
-    for i, (tensor, layout) in enumerate(zip((a, b, sfa, sfb), plain + chunks, strict=True)):
-        element, words = (CODE, None) if i < 2 else (SCALE, cutlass.Int16)
-        whole = cute.make_tensor(cute.recast_ptr(tensor.iterator, dtype=element), layout)
-        box = cute.slice_(layouts[i], (None, None, None, 0))
-        make = cute.nvgpu.make_tiled_tma_atom_B if i % 2 else cute.nvgpu.make_tiled_tma_atom_A
-        op = cpasync.CopyBulkTensorTileG2SOp()
-        load = make(op, whole, box, TILE, mma, (1, 1, 1, 1), internal_type=words)
-        loads.append(load.atom)
-        sources.append(load.tma_tensor)
-    grid = (cute.ceil_div(rows, TILE[0]), cute.ceil_div(columns, TILE[1]), 1)
-    _kernel(mma, loads, sources, layouts, m_c, scale).launch(grid=grid, block=(128, 1, 1))
+def make(stages: int):
+    """The host function of a kernel with so many stages."""
+
+    @cute.jit
+    def gemm(
+        a: cute.Pointer, b: cute.Pointer, sfa: cute.Pointer, sfb: cute.Pointer, scale: cute.Pointer,
+        c: cute.Pointer, rows: cutlass.Int32, columns: cutlass.Int32, depth: cutlass.Int32, stream: CUstream,
+    ):  # fmt: skip
+        # TMA wants rows of whole 16 bytes, which are 32 codes.
+        columns, depth = cute.assume(columns, TILE[1]), cute.assume(depth, 32)
+        mma = blackwell_helpers.make_blockscaled_trivial_tiled_mma(
+            CODE, CODE, OperandMajorMode.K, OperandMajorMode.K, SCALE, BLOCK, tcgen05.CtaGroup.ONE, TILE[:2]
+        )
+        codes = (blackwell_helpers.make_smem_layout_a, blackwell_helpers.make_smem_layout_b)
+        scales = (blockscaled_layout.make_smem_layout_sfa, blockscaled_layout.make_smem_layout_sfb)
+        layouts = [layout(mma, TILE, CODE, stages) for layout in codes]
+        layouts += [layout(mma, TILE, BLOCK, stages) for layout in scales]
+        # Scales lie in chunks of 128 rows by 4, see dsv4lab.layouts. TMA takes them for 16-bit words, since
+        # of single bytes its box would be too long.
+        load_op = cpasync.CopyBulkTensorTileG2SOp()
+        loads, sources, shapes = [], [], [(size, depth, 1) for size in (rows, columns)]
+        flat = [cute.make_layout(shape[:2], stride=(depth, 1)) for shape in shapes]
+        flat += [blockscaled_layout.tile_atom_to_shape_SF(shape, BLOCK) for shape in shapes]
+        for i, (pointer, layout) in enumerate(zip((a, b, sfa, sfb), flat, strict=True)):
+            box = cute.slice_(layouts[i], (None, None, None, 0))
+            make_load = cute.nvgpu.make_tiled_tma_atom_B if i % 2 else cute.nvgpu.make_tiled_tma_atom_A
+            m_tensor, words = cute.make_tensor(pointer, layout), cutlass.Int16 if i >= 2 else None
+            load = make_load(load_op, m_tensor, box, TILE, mma, (1, 1, 1, 1), internal_type=words)
+            loads.append(load.atom)
+            sources.append(load.tma_tensor)
+        m_c = cute.make_tensor(c, cute.make_layout((rows, columns), stride=(columns, 1)))
+        kernel = _kernel(mma, loads, sources, layouts, m_c, cute.make_tensor(scale, cute.make_layout(1)))
+        grid = cute.ceil_div((rows, columns, 1), (*TILE[:2], 1))
+        kernel.launch(grid=grid, block=(128, 1, 1), stream=stream)
+
+    return gemm
 
 
-def nvfp4_tile_gemm(a: NVFP4Tensor, b: NVFP4Tensor) -> torch.Tensor:
-    """The product a b^T, summed in fp32 and rounded to bf16 once.
+def nvfp4_tile_gemm(a: NVFP4Tensor, b: NVFP4Tensor, stages: int = 2) -> torch.Tensor:
+    """The product a b^T as (M, N) bf16, rounded once.
 
     Args:
         a, b: (M, K) and (N, K) with one global scale each; K % 32 == 0, N % 128 == 0.
-
-    Returns:
-        (M, N) bf16.
+        stages: buffers in shared memory, 1 to 6.
     """
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.K != b.K or a.K % 32 or b.rows % TILE[1]:
-        raise ValueError(f"a (M, K) and b (N, K) need K % 32 == 0, N % 128 == 0, got {a.shape}, {b.shape}")
-    if not a.granularity == b.granularity == "tensor":
-        raise ValueError(f"a and b need one global scale each, got {a.granularity}, {b.granularity}")
+    shapes = len(a.shape) == len(b.shape) == 2 and a.K == b.K and a.K % 32 == b.rows % TILE[1] == 0
+    if not (shapes and a.granularity == b.granularity == "tensor"):
+        raise ValueError(f"a and b do not fit, or have several global scales: {a.shape}, {b.shape}")
     c = torch.empty(a.rows, b.rows, dtype=torch.bfloat16, device=a.device)
-    scales = [with_scale_layout(t, "swizzled").block_scales.view(torch.uint8) for t in (a, b)]
-    tensors = (a.codes, b.codes, *scales, (a.global_scale * b.global_scale).view(1), c)
-    gemm(*(from_dlpack(t, assumed_align=16).mark_layout_dynamic() for t in tensors))
+    scales = [with_scale_layout(t, "swizzled").block_scales for t in (a, b)]
+    tensors = (As(a.codes, CODE), As(b.codes, CODE), *scales, (a.global_scale * b.global_scale).view(1), c)
+    launch(make, (stages,), (*tensors, a.rows, b.rows, a.K))
     return c
