@@ -150,8 +150,10 @@ class ThreadCopies:
         try:
             data = self._read(copies, mask, nbytes)
         except EmulatorError as error:
-            error.row = copies[error.row or 0].row
-            raise
+            i = error.row or 0
+            # Lanes that do not copy are checked with the address of the first that does.
+            lane = error.lane if error.lane is None or mask[i, error.lane] else int(mask[i].argmax())
+            raise at(error, copies[i].row, lane) from None
         places = targets[..., None] + np.arange(nbytes)
         shared, cta = self.machine.shared, copies[0].cta
         if self.machine.order is None:
