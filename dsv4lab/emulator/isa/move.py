@@ -49,7 +49,7 @@ def _unpack(type_: str, target: Vector, source) -> Pure:
     def unpack(value: np.ndarray) -> tuple[np.ndarray, ...] | np.ndarray:
         if whole != "b128":
             value = np.ascontiguousarray(value)[..., None].view(_WORDS[bits])
-        parts = tuple(value[..., i] for i in wanted)
+        parts = tuple(np.ascontiguousarray(value[..., i]) for i in wanted)
         return parts if len(parts) > 1 else parts[0]
 
     return Pure(unpack, ((source, whole),), tuple((target.elements[i], part) for i in wanted))
