@@ -167,9 +167,10 @@ def _codes_of(name: str, rounding: str, relu: bool, satfinite: bool) -> np.ndarr
     """Codes of float32 by their upper 16 bits and whether any bit below is set, read-only uint8."""
     upper = np.arange(1 << 17, dtype=np.uint32) << 15
     x = upper.view(np.float32)
-    if name == "ue8m0":
-        return _frozen(_encode_exponent(x, rounding, satfinite))
-    return _frozen(_encode(x, FORMATS[name], _ROUND[rounding], relu, satfinite))
+    with np.errstate(all="ignore"):
+        if name == "ue8m0":
+            return _frozen(_encode_exponent(x, rounding, satfinite))
+        return _frozen(_encode(x, FORMATS[name], _ROUND[rounding], relu, satfinite))
 
 
 def _encode(

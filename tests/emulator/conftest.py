@@ -37,6 +37,12 @@ def ptx_kernel():
     return _module("ptx_text").kernel
 
 
+@pytest.fixture(scope="session")
+def lanes():
+    """The module lanes beside this file."""
+    return _module("lanes")
+
+
 def _module(name: str):
     return _load(name, Path(__file__).with_name(f"{name}.py"))
 

@@ -25,8 +25,8 @@ def build(ins: Instruction) -> Action:
     """An operation that exists for floating-point numbers too, on integers. Raises UnsupportedInstruction."""
     type_, flags = ins.modifiers[-1], ins.modifiers[:-1]
     packed = type_.endswith("x2")
-    found = _function(ins.op, flags, type_.removesuffix("x2"))
-    if found is None or type_ not in TYPES:
+    found = _function(ins.op, flags, type_.removesuffix("x2")) if _exists(ins.op, flags, type_) else None
+    if found is None:
         raise unsupported(ins)
     function, result = found
     if packed:
@@ -35,6 +35,17 @@ def build(ins: Instruction) -> Action:
     if ins.op == "mad" and result != type_:
         reads[2] = (ins.operands[2 + 1], result)
     return Pure(function, tuple(reads), ((ins.operands[0], result),))
+
+
+def _exists(op: str, flags: tuple[str, ...], type_: str) -> bool:
+    """Whether PTX has a modifier, or the operation at all, for a type."""
+    if type_.endswith("x2") and op not in ("add", "min", "max"):
+        return False
+    if "sat" in flags:
+        return type_ == "s32"
+    if "relu" in flags:
+        return type_ in ("s32", "s16x2")
+    return op not in ("abs", "neg") or type_[0] == "s"
 
 
 def _function(op: str, flags: tuple[str, ...], type_: str) -> tuple[Function, str] | None:

@@ -148,7 +148,7 @@ def set_(ins: Instruction) -> Action:
         if boolean:
             t = boolean(t, c[..., None] if packed else c)
         r = np.where(t, one, one.dtype.type(0))
-        return r.view(np.uint32)[..., 0] if packed else r
+        return np.ascontiguousarray(r).view(np.uint32)[..., 0] if packed else r
 
     target, a, b, *c = ins.operands
     reads = ((a, type_), (b, type_), *((operand, "pred") for operand in c))

@@ -50,7 +50,7 @@ def permuted(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     digits = c[..., None] >> _NIBBLES
     chosen = np.take_along_axis(octets, (digits & _SEVEN).astype(np.intp), axis=-1)
     signs = (chosen.view(np.int8) >> 7).view(np.uint8)
-    return np.ascontiguousarray(np.where(digits & _EIGHT, signs, chosen)).view(np.uint32)[..., 0]
+    return _joined(np.where(digits & _EIGHT, signs, chosen))
 
 
 def _joined(octets: np.ndarray) -> np.ndarray:
@@ -90,8 +90,7 @@ def _with_signs(digits: list[int]) -> Callable[[np.ndarray, np.ndarray], np.ndar
 
     def apply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         chosen = (b.astype(np.uint64) << np.uint64(32) | a)[..., None].view(np.uint8)[..., index]
-        octets = np.where(signed, (chosen.view(np.int8) >> 7).view(np.uint8), chosen)
-        return np.ascontiguousarray(octets).view(np.uint32)[..., 0]
+        return _joined(np.where(signed, (chosen.view(np.int8) >> 7).view(np.uint8), chosen))
 
     return apply
 
