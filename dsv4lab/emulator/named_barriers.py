@@ -8,201 +8,204 @@ reductions with plain arrivals.
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsv4lab.emulator.barriers import BarrierError
-from dsv4lab.emulator.batch import bits_of, mask_of
 from dsv4lab.emulator.convergence import alive
-from dsv4lab.emulator.errors import at
 
 if TYPE_CHECKING:
     from dsv4lab.emulator.machine import Machine
 
 COUNT = 16
 ALL = -1  # threads of a barrier whose participants name no count
-_NOBODY = 0
-# What a lane waits for: nothing, the other lanes of its warp, or else the completion of a phase.
-_NOTHING, _LANES = -1, -2
+
+
+class _Barrier:
+    """A barrier of a CTA.
+
+    Attributes:
+        phase: how often it was complete.
+        threads: that the current phase waits for: a count, or ALL; None if nobody has arrived.
+        reducing: the current phase is a reduction's.
+        warps: those that have arrived.
+        true, lanes: of their lanes, how many are true and how many there are.
+        latest: model time of the latest arrival.
+        completed_at: model time of the last completion.
+    """
+
+    __slots__ = ("completed_at", "lanes", "latest", "phase", "reducing", "threads", "true", "warps")
+
+    def __init__(self) -> None:
+        self.phase = self.completed_at = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody has arrived in the current phase."""
+        self.threads: int | None = None
+        self.warps: list[int] = []
+        self.true = self.lanes = self.latest = 0
+
+
+class _Comer:
+    """A warp at a barrier; sets of lanes are the bits of integers.
+
+    Attributes:
+        come: lanes that wait for the others of the warp.
+        due: lanes whose warp has arrived and that have not passed.
+        phase: the phase that it arrived in.
+        threads, reducing, true, lanes: what its lanes said, as of _Barrier.
+    """
+
+    __slots__ = ("come", "due", "lanes", "phase", "reducing", "threads", "true")
+
+    def __init__(self) -> None:
+        self.come = self.due = self.phase = self.true = self.lanes = 0
 
 
 class NamedBarriers:
     """The named barriers of a wave; `machine.state(NamedBarriers)` is the one of a machine.
 
     Attributes:
-        phase: int64 (16, ctas), completions of each barrier.
-        threads: int64 (16, ctas), threads that the current phase waits for: a count, ALL, or 0 at first.
-        arrived: int64 (16, ctas), threads that have.
-        completed_at: int64 (16, ctas), model time of the last completion.
-        due: int64 (warps, 32), what each lane waits for.
         reduced: int64 (3, warps), all, any and count of the last reduction that a warp took part in.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        shape = (COUNT, machine.ctas)
-        self.phase, self.threads, self.arrived, self.completed_at, self._latest = np.zeros(
-            (5, *shape), np.int64
-        )
-        self._reducing = np.zeros(shape, np.bool_)
-        self._come = np.zeros((COUNT, machine.warps), np.uint32)
-        self._here = np.zeros((COUNT, machine.warps), np.bool_)
-        # How many lanes are true, and how many there are: of each warp that is coming, of those arrived.
-        self._warp_sums = np.zeros((2, machine.warps), np.int64)
-        self._sums = np.zeros((2, *shape), np.int64)
-        self.due = np.full((machine.warps, 32), _NOTHING, np.int64)
         self.reduced = np.zeros((3, machine.warps), np.int64)
-        # What the warps that are coming said: how many threads, and whether it is a reduction.
-        self._named = np.zeros(machine.warps, np.int64)
-        self._reduces = np.zeros(machine.warps, np.bool_)
+        self._barriers: defaultdict[tuple[int, int], _Barrier] = defaultdict(_Barrier)
+        self._comers: defaultdict[tuple[int, int], _Comer] = defaultdict(_Comer)
+        # Warps that lanes are missing from.
+        self._coming: set[tuple[int, int]] = set()
+        self._living = (alive(machine).reshape(machine.ctas, -1) != 0).sum(1).tolist()
         machine.on_exit.append(self._exited)
 
-    def come(
-        self,
-        barrier: int,
-        warps: np.ndarray,
-        mask: np.ndarray,
-        threads: np.ndarray,
-        values: np.ndarray | None = None,
-    ) -> None:
+    # What lanes do -----------------------------------------------------------------------------------------
+
+    def is_new(self, number: int, warp: int, bits: int) -> bool:
+        """Whether some of these lanes of a warp come to a barrier now, and do not already wait there."""
+        comer = self._comers[number, warp]
+        return bits & ~(comer.come | comer.due) != 0
+
+    def come(self, number: int, warp: int, bits: int, threads: int, true: int | None = None) -> None:
         """Lanes come to a barrier, or come again after they have waited; nothing changes for the latter.
 
         Args:
-            barrier: 0 to 15.
-            warps: (n,) int64; a warp may come in several rows.
-            mask: (n, 32) bool.
-            threads: (n,) int64, the count that each row names, or ALL.
-            values: (n, 32) bool of a reduction.
+            number: of the barrier, 0 to 15.
+            warp: index in the wave.
+            bits: the lanes.
+            threads: the count that they name, or ALL.
+            true: of a reduction, the lanes whose predicate is true.
         Raises:
-            BarrierError: with row.
+            BarrierError: for a count that cannot be, or does not go with what others said.
         """
-        new = mask & (self.due[warps] == _NOTHING)
-        row, lane = np.nonzero(new)
-        if not len(row):
+        comer = self._comers[number, warp]
+        new = bits & ~(comer.come | comer.due)
+        if not new:
             return
-        self.due[warps[row], lane] = _LANES
-        np.bitwise_or.at(self._come[barrier], warps, bits_of(new))
-        if values is not None:
-            np.add.at(self._warp_sums[0], warps, (new & values).sum(1))
-            np.add.at(self._warp_sums[1], warps, new.sum(1))
-        self._named[warps], self._reduces[warps] = threads, values is not None
-        self._arrive_whole(barrier, warps)
+        comer.come |= new
+        comer.threads, comer.reducing = threads, true is not None
+        if true is not None:
+            comer.true += (new & true).bit_count()
+            comer.lanes += new.bit_count()
+        self._arrive_if_whole(number, warp, comer)
 
-    def fresh(self, warps: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Which rows (n,) bool have lanes that do not wait yet."""
-        return (mask & (self.due[warps] == _NOTHING)).any(1)
+    def passes(self, number: int, warp: int, bits: int, wait: bool) -> bool:
+        """Whether these lanes go on: their warp has arrived and, if they wait, the phase is complete."""
+        comer = self._comers[number, warp]
+        if bits & ~comer.due:
+            return False
+        if wait and self._of(number, warp)[1].phase <= comer.phase:
+            return False
+        comer.due &= ~bits
+        return True
 
-    def passes(self, barrier: int, warps: np.ndarray, mask: np.ndarray, wait: bool) -> np.ndarray:
-        """Which rows (n,) bool go on: their warp has arrived and, if they wait, the phase is complete."""
-        due = self.due[warps]
-        ready = due >= 0
-        if wait:
-            ready &= due < self.phase[barrier, warps // self.machine.warps_per_cta][:, None]
-        passed = (ready | ~mask).all(1)
-        row, lane = np.nonzero(mask & passed[:, None])
-        self.due[warps[row], lane] = _NOTHING
-        return passed
+    def completed_at(self, number: int, warp: int) -> int:
+        """Model time of the last completion of a barrier of the warp's CTA."""
+        return self._of(number, warp)[1].completed_at
 
     # Arrivals of whole warps -------------------------------------------------------------------------------
 
-    def _arrive_whole(self, barrier: int, warps: np.ndarray) -> None:
-        """Those of these warps (n,) arrive whose lanes have all come."""
-        come = self._come[barrier, warps]
-        whole = np.flatnonzero((come != 0) & (alive(self.machine)[warps] & ~come == 0))
-        unique, first = np.unique(warps[whole], return_index=True)
-        if len(unique):
-            self._arrive(barrier, unique, whole[first])
+    def _of(self, number: int, warp: int) -> tuple[int, _Barrier]:
+        cta = warp // self.machine.warps_per_cta
+        return cta, self._barriers[cta, number]
 
-    def _arrive(self, barrier: int, warps: np.ndarray, rows: np.ndarray) -> None:
-        """Warps (n,), each once, arrive; `rows` are theirs in the batch, for errors."""
-        ctas, threads = warps // self.machine.warps_per_cta, self._named[warps]
-        if len(warps) > 1 and self._overflows(barrier, ctas, threads):
-            # More come at once than one phase takes: one after the other.
-            for i in range(len(warps)):
-                self._arrive(barrier, warps[i : i + 1], rows[i : i + 1])
+    def _arrive_if_whole(self, number: int, warp: int, comer: _Comer) -> None:
+        if comer.come != 0xFFFFFFFF and int(alive(self.machine)[warp]) & ~comer.come:
+            self._coming.add((number, warp))
             return
-        self._check(barrier, warps, rows)
-        bits = self._come[barrier, warps]
-        self.due[warps] = np.where(mask_of(bits), self.phase[barrier, ctas][:, None], self.due[warps])
-        self._come[barrier, warps] = 0
-        self._here[barrier, warps] = True
-        np.add.at(self.arrived[barrier], ctas, 32)
-        np.maximum.at(self._latest[barrier], ctas, self.machine.time[warps])
-        for total, mine in zip(self._sums[:, barrier], self._warp_sums, strict=True):
-            np.add.at(total, ctas, mine[warps])
-        self._warp_sums[:, warps] = 0
-        self._settle(barrier, np.unique(ctas))
+        self._coming.discard((number, warp))
+        cta, barrier = self._of(number, warp)
+        self._check(number, cta, barrier, comer, warp)
+        comer.due, comer.come, comer.phase = comer.due | comer.come, 0, barrier.phase
+        barrier.warps.append(warp)
+        barrier.latest = max(barrier.latest, int(self.machine.time[warp]))
+        if comer.reducing:
+            barrier.true, barrier.lanes = barrier.true + comer.true, barrier.lanes + comer.lanes
+            comer.true = comer.lanes = 0
+        self._settle(number, cta, barrier)
 
-    def _needed(self, ctas: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        living = (alive(self.machine).reshape(self.machine.ctas, -1)[ctas] != 0).sum(1)
-        return np.where(threads == ALL, living * 32, threads)
+    def _check(self, number: int, cta: int, barrier: _Barrier, comer: _Comer, warp: int) -> None:
+        """Refuse a count that cannot be; note what a phase is about, and refuse what does not go with it."""
 
-    def _overflows(self, barrier: int, ctas: np.ndarray, threads: np.ndarray) -> bool:
-        come = np.bincount(ctas, minlength=self.machine.ctas) * 32 + self.arrived[barrier]
-        return bool((come[ctas] > self._needed(ctas, threads)).any())
+        def refuse(what: str) -> None:
+            raise BarrierError(f"{self.describe(number, cta)}: {what}")
 
-    def _check(self, barrier: int, warps: np.ndarray, rows: np.ndarray) -> None:
-        """Refuse counts that cannot be; note what the phase is about, and refuse what does not go with it."""
-        threads, reducing = self._named[warps], self._reduces[warps]
-        ctas, whole = warps // self.machine.warps_per_cta, self.machine.warps_per_cta * 32
+        whole = self.machine.warps_per_cta * 32
+        named = whole if comer.threads == ALL else comer.threads
+        if named <= 0 or named % 32 or named > whole:
+            refuse(f"the thread count is {named}, and must be a multiple of 32 from 32 to the CTA's {whole}")
+        if barrier.threads is None:
+            barrier.threads, barrier.reducing = comer.threads, comer.reducing
+        before = whole if barrier.threads == ALL else barrier.threads
+        if before != named:
+            refuse(f"it is for {before} threads, and a warp comes to it for {named}")
+        if barrier.reducing != comer.reducing:
+            refuse("bar.red meets bar.sync or bar.arrive in one phase")
+        if warp in barrier.warps and "barriers" in self.machine.checks:
+            refuse("the warp arrives a second time in one phase")
 
-        def refuse(wrong: np.ndarray, why: str) -> None:
-            if wrong.any():
-                i = int(wrong.argmax())
-                what = why.format(named=named[i], before=before[i], whole=whole)
-                raise at(BarrierError(f"{self.describe(barrier, int(ctas[i]))}: {what}"), int(rows[i]))
+    def _needed(self, cta: int, barrier: _Barrier) -> int:
+        return self._living[cta] * 32 if barrier.threads in (ALL, None) else barrier.threads
 
-        before = named = np.where(threads == ALL, whole, threads)
-        refuse(
-            (named <= 0) | (named % 32 != 0) | (named > whole),
-            "the thread count is {named}, and must be a multiple of 32 from 32 to the CTA's {whole}",
-        )
-        first = self.threads[barrier, ctas] == _NOBODY
-        self.threads[barrier, ctas[first]] = threads[first]
-        self._reducing[barrier, ctas[first]] = reducing[first]
-        before = self.threads[barrier, ctas]
-        before = np.where(before == ALL, whole, before)
-        refuse(before != named, "it is for {before} threads, and a warp comes to it for {named}")
-        refuse(self._reducing[barrier, ctas] != reducing, "bar.red meets bar.sync or bar.arrive in one phase")
-        if "barriers" in self.machine.checks:
-            refuse(self._here[barrier, warps], "the warp arrives a second time in one phase")
-
-    def _settle(self, barrier: int, ctas: np.ndarray) -> None:
-        """Complete the phases of these CTAs that nobody is missing from."""
-        threads, arrived = self.threads[barrier, ctas], self.arrived[barrier, ctas]
-        done = ctas[(threads != _NOBODY) & (arrived >= self._needed(ctas, threads))]
-        if not len(done):
+    def _settle(self, number: int, cta: int, barrier: _Barrier) -> None:
+        """Complete the phase if nobody is missing."""
+        if barrier.threads is None or len(barrier.warps) * 32 < self._needed(cta, barrier):
             return
-        per_cta = self.machine.warps_per_cta
-        warps = (done[:, None] * per_cta + np.arange(per_cta)).reshape(-1)
-        here = warps[self._here[barrier, warps]]
-        true, lanes = self._sums[:, barrier, here // per_cta]
-        self.reduced[:, here] = true == lanes, true > 0, true
-        self._here[barrier, warps] = False
-        self.phase[barrier, done] += 1
-        self.completed_at[barrier, done] = self._latest[barrier, done]
-        for state in (self.threads, self.arrived, self._latest, *self._sums):
-            state[barrier, done] = 0
-        for cta in done.tolist():
-            key = ("bar", cta, barrier)
-            if self.machine.order is not None:
-                self.machine.order.complete(key)
-            self.machine.wake(key)
+        if barrier.reducing:
+            result = barrier.true == barrier.lanes, barrier.true > 0, barrier.true
+            self.reduced[:, barrier.warps] = np.array(result, np.int64)[:, None]
+        barrier.phase += 1
+        barrier.completed_at = barrier.latest
+        barrier.clear()
+        if self.machine.order is not None:
+            self.machine.order.complete(("bar", cta, number))
+        self.machine.wake(("bar", cta, number))
 
     def _exited(self, warps: np.ndarray) -> None:
         """Lanes of these warps have ended: others need not wait for them."""
-        ctas = np.unique(warps // self.machine.warps_per_cta)
-        for barrier in np.flatnonzero(self._come[:, warps].any(1)).tolist():
-            self._arrive_whole(barrier, warps)
-        for barrier in np.flatnonzero((self.threads[:, ctas] == ALL).any(1)).tolist():
-            self._settle(barrier, ctas)
+        ended = set(warps.tolist())
+        ctas = {warp // self.machine.warps_per_cta for warp in ended}
+        for cta in ctas:
+            first = cta * self.machine.warps_per_cta
+            self._living[cta] = np.count_nonzero(
+                alive(self.machine)[first : first + self.machine.warps_per_cta]
+            )
+        for number, warp in [key for key in self._coming if key[1] in ended]:
+            self._arrive_if_whole(number, warp, self._comers[number, warp])
+        for cta, number in itertools.product(ctas, range(COUNT)):
+            barrier = self._barriers.get((cta, number))
+            if barrier is not None and barrier.threads == ALL:
+                self._settle(number, cta, barrier)
 
-    def describe(self, barrier: int, cta: int) -> str:
+    def describe(self, number: int, cta: int) -> str:
         """Which barrier, its phase, and how many threads have arrived."""
+        barrier = self._barriers[cta, number]
         index = ", ".join(map(str, self.machine.cta_index[cta].tolist()))
-        needed = self._needed(np.array([cta]), self.threads[barrier, [cta]])[0]
         return (
-            f"barrier {barrier} of CTA ({index}) (phase {self.phase[barrier, cta]}, "
-            f"{self.arrived[barrier, cta]} of {needed} threads have arrived)"
+            f"barrier {number} of CTA ({index}) (phase {barrier.phase}, {len(barrier.warps) * 32} of "
+            f"{self._needed(cta, barrier)} threads have arrived)"
         )

@@ -6,11 +6,14 @@ other forms may come to the barrier by different ones.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsv4lab.emulator.barriers import BarrierError, Barriers
+from dsv4lab.emulator.batch import bits_of
 from dsv4lab.emulator.cluster_barriers import ClusterBarriers
 from dsv4lab.emulator.convergence import Convergence
 from dsv4lab.emulator.errors import at
@@ -84,78 +87,71 @@ class _Visit:
         counts: np.ndarray,
         values: np.ndarray | None = None,
     ) -> None:
+        machine = batch.machine
         here = mask.any(1)
-        if self.aligned:
-            needed = np.full(len(batch), _ALL_LANES)
-            here &= batch.machine.state(Convergence).gather(batch, mask, needed, self.ins)
+        if self.aligned and not mask.all():
+            here &= machine.state(Convergence).gather(batch, mask, np.full(len(batch), _ALL_LANES), self.ins)
         rows = np.flatnonzero(here)
         if not len(rows):
             return
         number, count = self._uniform(mask, numbers, rows), self._uniform(mask, counts, rows)
-        wrong = (number < 0) | (number >= COUNT)
-        if wrong.any():
-            i = int(wrong.argmax())
-            raise at(
-                BarrierError(f"barrier {number[i]} is none of the barriers 0 to {COUNT - 1}"), int(rows[i])
-            )
-        for barrier in np.unique(number).tolist():
-            those = number == barrier
-            self._at(batch, mask, barrier, rows[those], count[those], values)
+        lanes = bits_of(mask)[rows].tolist()
+        true = [None] * len(rows) if values is None else bits_of(values & mask)[rows].tolist()
+        barriers = machine.state(NamedBarriers)
+        if machine.order is not None:
+            self._publish(batch, barriers, rows, number, lanes)
+        for row, barrier, bits, threads, yes in zip(rows.tolist(), number, lanes, count, true, strict=True):
+            try:
+                if not 0 <= barrier < COUNT:
+                    raise BarrierError(f"barrier {barrier} is none of the barriers 0 to {COUNT - 1}")
+                barriers.come(barrier, int(batch.warps[row]), bits, threads, yes)
+            except BarrierError as error:
+                error.row = row
+                raise
+        self._leave(batch, barriers, rows.tolist(), number, lanes)
 
-    def _uniform(self, mask: np.ndarray, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _uniform(self, mask: np.ndarray, values: np.ndarray, rows: np.ndarray) -> list[int]:
         """The value of each row, which its lanes must agree on."""
+        if not any(values.strides):
+            return [int(values[0, 0])] * len(rows)
         first = values[rows, mask[rows].argmax(1)]
         differ = ((values[rows] != first[:, None]) & mask[rows]).any(1)
         if differ.any():
             row = int(rows[differ.argmax()])
             what = f"the lanes of a warp do not agree on the barrier and thread count of {self.ins.opcode}"
             raise at(BarrierError(what), row)
-        return first.astype(np.int64)
-
-    def _at(
-        self,
-        batch: Batch,
-        mask: np.ndarray,
-        barrier: int,
-        rows: np.ndarray,
-        count: np.ndarray,
-        values: np.ndarray | None,
-    ) -> None:
-        """Rows come to one barrier, or back to it."""
-        machine = batch.machine
-        barriers, warps = machine.state(NamedBarriers), batch.warps[rows]
-        lanes = mask[rows]
-        if machine.order is not None:
-            self._publish(barriers, barrier, warps, lanes, batch)
-        try:
-            barriers.come(barrier, warps, lanes, count, None if values is None else values[rows])
-        except BarrierError as error:
-            error.row = int(rows[error.row])
-            raise
-        passed = barriers.passes(barrier, warps, lanes, self.wait)
-        for row in rows[passed].tolist() if self.wait else ():
-            self._go_on(batch, barriers, barrier, row)
-        for row in rows[~passed].tolist():
-            cta = int(batch.ctas[row])
-            machine.state(Waits).park(
-                batch, row, self.ins, ("bar", cta, barrier), lambda c=cta: barriers.describe(barrier, c)
-            )
+        return first.tolist()
 
     def _publish(
-        self, barriers: NamedBarriers, barrier: int, warps: np.ndarray, lanes: np.ndarray, batch: Batch
+        self, batch: Batch, barriers: NamedBarriers, rows: np.ndarray, number: list[int], lanes: list[int]
     ) -> None:
         """What warps did before they come is for all who wait."""
-        new = warps[barriers.fresh(warps, lanes)]
-        for cta in np.unique(new // batch.machine.warps_per_cta).tolist():
-            mine = np.unique(new[new // batch.machine.warps_per_cta == cta])
-            batch.machine.order.release(mine, ("bar", cta, barrier))
+        coming = defaultdict(set)
+        for row, barrier, bits in zip(rows.tolist(), number, lanes, strict=True):
+            warp = int(batch.warps[row])
+            if barriers.is_new(barrier, warp, bits):
+                coming["bar", int(batch.ctas[row]), barrier].add(warp)
+        for key, warps in coming.items():
+            batch.machine.order.release(np.array(sorted(warps)), key)
 
-    def _go_on(self, batch: Batch, barriers: NamedBarriers, barrier: int, row: int) -> None:
-        machine, cta, warp = batch.machine, int(batch.ctas[row]), int(batch.warps[row])
+    def _leave(
+        self, batch: Batch, barriers: NamedBarriers, rows: list[int], number: list[int], lanes: list[int]
+    ) -> None:
+        """Rows go on, or wait."""
+        machine, leaving = batch.machine, defaultdict(set)
+        waits = machine.state(Waits)
+        for row, barrier, bits in zip(rows, number, lanes, strict=True):
+            cta, warp = int(batch.ctas[row]), int(batch.warps[row])
+            key = ("bar", cta, barrier)
+            if not barriers.passes(barrier, warp, bits, self.wait):
+                waits.park(batch, row, self.ins, key, partial(barriers.describe, barrier, cta))
+            elif self.wait:
+                asked, until = int(machine.time[warp]), barriers.completed_at(barrier, warp)
+                waits.done(warp, self.ins, asked, until, barrier=barrier)
+                leaving[key].add(warp)
         if machine.order is not None:
-            machine.order.acquire(warp, ("bar", cta, barrier))
-        asked, until = int(machine.time[warp]), int(barriers.completed_at[barrier, cta])
-        machine.state(Waits).done(warp, self.ins, asked, until, barrier=barrier)
+            for key, warps in leaving.items():
+                machine.order.acquire(np.array(sorted(warps)), key)
 
 
 # The barrier of a cluster ----------------------------------------------------------------------------------
