@@ -313,10 +313,11 @@ def test_two_in_a_row(ptx_kernel, seed):
     assert {e.end for e in gpu.trace.of("wait") if "wait_group" in e.text} >= {events[-1].end}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_warps_that_come_apart(ptx_kernel, seed):
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_warps_that_come_apart(ptx_kernel, seed, registers):
     """Warps of different speed: those that come first wait for the others, and all compute the same."""
-    case = Case(16, "f16", "f16", "f32", registers=True)
+    case = Case(16, "f16", "f16", "f32", registers=registers)
     slow = """
  shr.u32 %r9, %r1, 5; mul.lo.u32 %r9, %r9, 7;
 SPIN: setp.eq.u32 %p3, %r9, 0; @%p3 bra READY; sub.u32 %r9, %r9, 1; bra SPIN;
@@ -357,6 +358,14 @@ def test_missing_fences(ptx_kernel):
         run(ptx_kernel, case, start=START.replace("fence.proxy.async.shared::cta;", ""))
     with pytest.raises(RaceError):
         run(ptx_kernel, case, start=START.replace("bar.sync 0;", ""), checks={"race"})
+
+
+def test_every_warp_must_have_waited(ptx_kernel):
+    """Not only the first one of the warpgroup knows that the operands are there."""
+    case = Case(8, "f16", "f16", "f32")
+    one = "setp.lt.u32 %p3, %r1, 32; @!%p3 bar.arrive 1, 128; @%p3 bar.sync 1, 128;"
+    with pytest.raises(RaceError):
+        run(ptx_kernel, case, start=START.replace("bar.sync 0;", one), checks={"race"})
 
 
 def test_operands_that_are_overwritten(ptx_kernel):
