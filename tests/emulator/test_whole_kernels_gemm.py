@@ -16,9 +16,9 @@ UGLY = (200, 104, 136)
 def run(gpu_kernels):
     """A function that runs a case of a module and checks every buffer; it returns the device."""
 
-    def run(arch, module, **parameters):
+    def run(arch, module, *, seed=0, mma="exact", **parameters):
         case = gpu_kernels(module).case(**parameters)
-        with device(arch) as gpu:
+        with device(arch, seed=seed, mma=mma) as gpu:
             placed = case.run(gpu.from_torch)
         case.check(placed)
         return gpu
@@ -56,6 +56,7 @@ def test_mma_sync(arch, dtype, target, exact, transposed, run):
         (BF16, F32, True, (64, 64, 32), "km"),
         (F16, F16, False, (128, 32, 64), "mm"),
         (E4M3, F32, True, (64, 64, 128), "kk"),
+        (E4M3, F32, False, (64, 64, 128), "kk"),
         (E5M2, BF16, True, (64, 32, 64), "kk"),
     ],
 )
@@ -152,3 +153,34 @@ def test_persistent_block_scaled(run):
 def test_grouped(in_shared, exact, run):
     shapes = ((100, 64, 128), (300, 136, 72), (17, 40, 200))
     run("sm_100a", "grouped_gemm", dtype=BF16, shapes=shapes, exact=exact, in_shared=in_shared)
+
+
+RING = ("sm_90a", "hopper_pipeline", {"dtype": F16, "target": F16, "shape": (300, 128, 200)})
+ROUNDED = [
+    ("sm_90a", "warp_gemm", {"dtype": F16, "shape": (70, 50, 40)}),
+    ("sm_90a", "wgmma_gemm", {"dtype": E4M3, "shape": (70, 56, 144), "tile": (64, 64, 128)}),
+    RING,
+    ("sm_100a", "tcgen05_gemm", {"dtype": BF16, "shape": UGLY}),
+    ("sm_100a", "tcgen05_gemm", {"dtype": E5M2, "shape": (208, 112, 144), "tile": (128, 64, 128)}),
+    ("sm_100a", "scaled_gemm", {"kind": "nvfp4", "shape": (200, 136, 544)}),
+    ("sm_100a", "scaled_gemm", {"kind": "mxfp8", "shape": (200, 136, 288), "tile": (128, 128, 128)}),
+]
+TWO = {"tile": (256, 64, 64), "cluster": (4, 2), "two": True}
+TWO_SCALED = {"kind": "nvfp4", "tile": (256, 128, 256), "two": True, "clusters": 1}
+ORDERS = [
+    RING,
+    ("sm_100a", "tcgen05_gemm", TWO | {"dtype": BF16, "target": F32, "shape": (300, 128, 200)}),
+    ("sm_100a", "scaled_gemm", TWO_SCALED | {"target": F32, "shape": (500, 256, 320)}),
+    ("sm_100a", "grouped_gemm", {"dtype": F16, "shapes": ((130, 64, 64), (40, 72, 72), (20, 8, 136))}),
+]
+
+
+@pytest.mark.parametrize(("arch", "module", "parameters"), ROUNDED)
+def test_the_arithmetic_of_the_hardware(arch, module, parameters, run):
+    run(arch, module, mma="hardware", exact=False, **{"target": F32} | parameters)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("arch", "module", "parameters"), ORDERS)
+def test_any_order_of_warps_and_copies(arch, module, parameters, seed, run):
+    run(arch, module, seed=seed, exact=True, **parameters)

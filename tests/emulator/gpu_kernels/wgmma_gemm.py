@@ -9,7 +9,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
-from .case import HOPPER, Case, gemm_buffers
+from .case import HOPPER, Case, gemm_bound, gemm_buffers, hopper_fp8_bound
 
 _LAYOUTS = {"k": LayoutEnum.ROW_MAJOR, "m": LayoutEnum.COL_MAJOR}
 _MAJORS = {"k": OperandMajorMode.K, "m": OperandMajorMode.MN}
@@ -115,7 +115,8 @@ def case(
     mutation: str | None = None,
 ) -> Case:  # fmt: skip
     """shape (M, N, K); tile of one or two warpgroups; majors "k" or "m" of a and of b."""
-    buffers = gemm_buffers(*shape, dtype, target, exact, majors, align=128)
+    bound = hopper_fp8_bound if dtype.itemsize == 1 else gemm_bound
+    buffers = gemm_buffers(*shape, dtype, target, exact, majors, bound, align=128)
     options = {"tile": tile, "majors": majors, "from_registers": from_registers, "mutation": mutation}
     sizes = tuple(cutlass.Int32(size) for size in shape)
     return Case(gemm, (*buffers, *sizes), options, (HOPPER,))
