@@ -43,6 +43,8 @@ class Barriers:
         self.machine = machine
         self._barriers: dict[tuple[int, int], MBarrier] = {}
         self._keys: defaultdict[tuple[int, int], set[Hashable]] = defaultdict(set)
+        self._memory = memoryview(machine.shared.bytes).cast("B")
+        self._stride = machine.shared.bytes.shape[1]
         self._initialisations_seen = machine.cluster_size == 1
         machine.at_end.append(self._at_end)
 
@@ -57,7 +59,7 @@ class Barriers:
         if old is not None and old.busy and self._intact(cta, offset, old):
             raise BarrierError(f"{self.describe(cta, offset)} is initialised again in the middle of a phase")
         barrier = self._barriers[cta, offset] = MBarrier(count)
-        self._store(cta, offset, barrier.encoded(), warp)
+        self._store(cta, offset, barrier.stored, warp)
 
     def inval(self, cta: int, offset: int, warp: int | None = None) -> None:
         """End a barrier; its 8 bytes are plain memory again."""
@@ -91,7 +93,7 @@ class Barriers:
         self._settle(cta, offset, barrier)
 
     def _add_tx(self, cta: int, offset: int, barrier: MBarrier, nbytes: int, sign: int) -> None:
-        tx = barrier.tx + sign * nbytes
+        tx = barrier.tx + sign * int(nbytes)
         if not 0 <= nbytes <= MAX_COUNT or abs(tx) > MAX_COUNT:
             raise BarrierError(
                 f"{self.describe(cta, offset)}: {sign * nbytes:+d} bytes take its transaction count to {tx}, "
@@ -137,6 +139,7 @@ class Barriers:
         token = barrier.token(self._tag(cta, offset))
         if release:
             self._release(cta, offset, warp, access)
+        count = int(count)
         barrier.pending -= count
         barrier.expected -= count if drop else 0
         barrier.latest = max(barrier.latest, time)
@@ -162,7 +165,8 @@ class Barriers:
     def _settle(self, cta: int, offset: int, barrier: MBarrier) -> None:
         """Complete the phase if nothing is missing, and write the new state."""
         done = barrier.settle()
-        self.machine.shared.bytes[cta, offset : offset + 8] = np.frombuffer(barrier.encoded(), np.uint8)
+        place = cta * self._stride + offset
+        self._memory[place : place + 8] = barrier.stored
         if done:
             if self.machine.order is not None:
                 self.machine.order.complete(_key(cta, offset))
@@ -251,7 +255,8 @@ class Barriers:
         return barrier
 
     def _intact(self, cta: int, offset: int, barrier: MBarrier) -> bool:
-        return self.machine.shared.bytes[cta, offset : offset + 8].tobytes() == barrier.encoded()
+        place = cta * self._stride + offset
+        return self._memory[place : place + 8] == barrier.stored
 
     def _store(self, cta: int, offset: int, data: bytes, warp: int | None) -> None:
         access = None if warp is None else self.machine.access(warp)

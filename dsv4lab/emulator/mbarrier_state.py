@@ -18,14 +18,16 @@ class MBarrier:
         latest: model time of the latest arrival in the current phase.
         completed_at: model time at which the phase before it was complete.
         warps: those whose first use was found to come after the initialisation.
+        stored: its 8 bytes in shared memory, as last written.
     """
 
-    __slots__ = ("completed_at", "expected", "latest", "pending", "phase", "tx", "warps")
+    __slots__ = ("completed_at", "expected", "latest", "pending", "phase", "stored", "tx", "warps")
 
     def __init__(self, count: int) -> None:
         self.expected = self.pending = count
         self.tx = self.phase = self.latest = self.completed_at = 0
         self.warps: set[int] = set()
+        self.stored = self.encoded()
 
     @property
     def busy(self) -> bool:
@@ -33,13 +35,14 @@ class MBarrier:
         return self.pending != self.expected or self.tx != 0
 
     def settle(self) -> bool:
-        """Go on to the next phase if nothing is missing; returns whether it did."""
-        if self.pending or self.tx:
-            return False
-        self.phase += 1
-        self.pending = self.expected
-        self.completed_at, self.latest = self.latest, 0
-        return True
+        """Go on to the next phase if nothing is missing, and say whether; brings `stored` up to date."""
+        done = not (self.pending or self.tx)
+        if done:
+            self.phase += 1
+            self.pending = self.expected
+            self.completed_at, self.latest = self.latest, 0
+        self.stored = self.encoded()
+        return done
 
     def encoded(self) -> bytes:
         """The 8 bytes in shared memory: valid bit, parity, tx-count, expected and pending count."""

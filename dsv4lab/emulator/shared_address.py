@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv4lab.emulator.errors import AddressError
 from dsv4lab.emulator.ptx import Instruction
+from dsv4lab.emulator.shared import OFFSET_MASK, RANK_SHIFT
 
 if TYPE_CHECKING:
     from dsv4lab.emulator.machine import Machine
@@ -30,8 +31,10 @@ def locate(machine: Machine, cta: int, address: int, space: str | None) -> tuple
         if found[0] != "shared":
             raise AddressError(f"the generic address {address:#x} is not in shared memory")
         return found[1], found[2]
-    ctas, offsets = machine.shared.locate(np.array([cta]), np.array([address]))
-    owner, offset = int(ctas[0]), int(offsets[0])
+    rank, offset = address >> RANK_SHIFT, address & OFFSET_MASK
+    if not 0 <= rank < machine.cluster_size:
+        machine.shared.locate(np.array([cta]), np.array([address]))  # says what is wrong
+    owner = cta - cta % machine.cluster_size + rank
     if owner != cta and space != "shared::cluster":
         raise AddressError(
             f"the address {address:#x} is in another CTA of the cluster, and the instruction says .{space}"

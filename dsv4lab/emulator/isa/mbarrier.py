@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from dsv4lab.emulator.barriers import Barriers
 from dsv4lab.emulator.errors import EmulatorError, at
 from dsv4lab.emulator.isa.mbarrier_waits import wait
 from dsv4lab.emulator.isa.registry import Action, Effect, Pure, instruction, unsupported
+from dsv4lab.emulator.lane_groups import groups
 from dsv4lab.emulator.mbarrier_state import MAX_COUNT
 from dsv4lab.emulator.ptx import Immediate, Instruction, Memory, Operand, Sink
 from dsv4lab.emulator.shared_address import locate, space_of
@@ -124,14 +124,12 @@ def _arrive_together(ins: Instruction, count: Operand, options: dict) -> Effect:
 
     def function(batch: Batch, mask: np.ndarray, addresses: np.ndarray, counts: np.ndarray) -> None:
         barriers = batch.machine.state(Barriers)
-        for row in np.flatnonzero(mask.any(1)).tolist():
+        for row, parts in groups(mask, addresses, counts):
             cta, warp = int(batch.ctas[row]), int(batch.warps[row])
-            here = mask[row]
-            groups = Counter(zip(addresses[row, here].tolist(), counts[row, here].tolist(), strict=True))
             try:
-                for (address, each), times in groups.items():
+                for (address, each), lanes in parts:
                     where = locate(batch.machine, cta, address, space)
-                    _arrive_times(options, barriers, where, each, times, warp)
+                    _arrive_times(options, barriers, where, each, int(np.count_nonzero(lanes)), warp)
             except EmulatorError as error:
                 at(error, row)
                 raise

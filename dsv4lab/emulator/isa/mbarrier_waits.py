@@ -14,6 +14,7 @@ import numpy as np
 from dsv4lab.emulator.barriers import Barriers
 from dsv4lab.emulator.errors import EmulatorError, at
 from dsv4lab.emulator.isa.registry import Effect, Wait
+from dsv4lab.emulator.lane_groups import Group, groups
 from dsv4lab.emulator.ptx import Instruction
 from dsv4lab.emulator.shared_address import locate, space_of
 from dsv4lab.emulator.waits import Waits
@@ -66,32 +67,27 @@ class _Waiter:
     def wait(self, batch: Batch, mask: np.ndarray, addresses: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Which lanes' phases are complete."""
         answer = np.zeros(mask.shape, np.bool_)
-        for row in np.flatnonzero(mask.any(1)).tolist():
+        for row, parts in groups(mask, addresses, wanted):
             try:
-                self._row(batch, row, mask[row], addresses[row], wanted[row], answer[row])
+                self._row(batch, row, parts, answer)
             except EmulatorError as error:
                 at(error, row)
                 raise
         return answer
 
-    def _row(
-        self, batch: Batch, row: int, mask: np.ndarray, addresses: np.ndarray, wanted: np.ndarray, answer
-    ) -> None:
-        machine, warp = batch.machine, int(batch.warps[row])
-        barriers, open_ = machine.state(Barriers), []
-        done = False
-        for address, want in set(zip(addresses[mask].tolist(), wanted[mask].tolist(), strict=True)):
-            where = locate(machine, int(batch.ctas[row]), address, self.space)
+    def _row(self, batch: Batch, row: int, parts: list[Group], answer: np.ndarray) -> None:
+        machine, warp, cta = batch.machine, int(batch.warps[row]), int(batch.ctas[row])
+        barriers, attempts, open_ = machine.state(Barriers), machine.state(_Attempts), []
+        for (address, want), lanes in parts:
+            where = locate(machine, cta, address, self.space)
             if self.completed(barriers, *where, want, warp):
-                answer |= mask & (addresses == address) & (wanted == want)
+                answer[row] |= lanes
                 self._go_on(machine, barriers, where, warp)
-                done = True
             else:
                 open_.append((where, want))
         if not self.may_park:
             return
-        attempts = machine.state(_Attempts)
-        if done:
+        if len(open_) < len(parts):
             attempts.forget(warp, self.ins.line)
         elif self._asked_before(attempts, barriers, warp, open_):
             self._park(batch, row, barriers, open_)
