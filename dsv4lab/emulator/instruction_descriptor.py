@@ -120,20 +120,15 @@ def _scaled(bits: int, kind: str) -> InstructionDescriptor:
     types, scales = _SCALED[kind]
     fp4 = kind != "mxf8f6f4"
     _reserved(bits, kind, ((0, 2), (3, 1), (6, 1), (24, 3), (12, 1) if fp4 else (31, 1)))
-    ids = _field(bits, 29, 2), _field(bits, 4, 2)
-    if fp4 and any(i & 1 for i in ids):
-        raise _error(bits, kind, f"scale ids {ids}, which must be 0 or 2")
-    k = 32
-    if fp4:
-        k = 96 if _field(bits, 31, 1) else 64
+    k = (96 if _field(bits, 31, 1) else 64) if fp4 else 32
     return InstructionDescriptor(
         **_common(bits, kind, types, 2 if fp4 else 3),
         m=_field(bits, 27, 2) << 7,
         k=k,
         d="f32",
         scale=_of(scales, _field(bits, 23, 1), "type of scales", bits, kind),
-        scale_id_a=ids[0],
-        scale_id_b=ids[1],
+        scale_id_a=_field(bits, 29, 2),
+        scale_id_b=_field(bits, 4, 2),
     )
 
 

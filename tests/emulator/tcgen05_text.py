@@ -107,9 +107,9 @@ def matrix_descriptor(offset, leading=0, stride=0, swizzle=0):
     return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1 << 46 | swizzle << 61
 
 
-def run(text, x=None, y_words=0, ctas=1, start=None, **options):
+def run(text, x=None, y_words=0, ctas=1, start=None, arch="sm_100a", **options):
     """Words of y after the kernel, and the run; x, and `start` for what y holds first, are 32-bit words."""
-    gpu = device("sm_100a", **options)
+    gpu = device(arch, **options)
     data = (
         torch.from_numpy(np.ascontiguousarray(x).view(np.int32).reshape(-1).copy()) if x is not None else None
     )

@@ -110,8 +110,6 @@ def test_scaled_kinds():
         ("mxf8f6f4", dict(n=8, m=128), "type of scales 0"),
         ("mxf4", dict(a=1, b=1, n=8, m=128), "type of scales 0"),
         ("mxf4", dict(a=5, b=1, n=8, m=128, scale=1), "type of A 5"),
-        ("mxf4", dict(a=1, b=1, n=8, m=128, scale=1, sfa=1), "scale ids"),
-        ("mxf4nvf4", dict(a=1, b=1, n=8, m=128, sfb=3), "scale ids"),
         ("mxf8f6f4", dict(n=8, m=128, scale=1, k=1), "reserved bits 31"),
         ("mxf8f6f4", dict(n=8, m=64, scale=1), "reserved bits 24"),
         ("mxf4", dict(a=1, b=1, n=8, m=256, scale=1), "M = 256"),

@@ -122,10 +122,10 @@ def test_worked_positions_of_accumulators():
 
 def scale_positions(partition, rows, count):
     """Byte of tensor memory, as CuTe counts them (2**18 a lane), of every scale (rows, count)."""
-    width = scale_columns(rows)
+    width, _ = scale_columns(rows, 0, count)
     lane, byte = np.meshgrid(np.arange(32), np.arange(4 * width), indexing="ij")
     marks = (
-        scales(np.ascontiguousarray(mark.astype(np.uint8)).view(np.uint32), rows, 0, count).astype(int)
+        scales(mark.astype(np.uint8).view(np.uint32)[..., None], rows, 0, count).astype(int)
         for mark in (lane, byte)
     )
     lane, byte = marks
@@ -153,10 +153,19 @@ def test_scales_are_cutes(cute):
 def test_worked_positions_of_scales():
     cells = np.arange(32 * 8, dtype=np.uint32).reshape(32, 8)
     cells = cells | cells + 100 << 8 & 0xFF00
-    low, high = scales(cells, 256, 0, 1), scales(cells, 256, 1, 1)
+    low, high = scales(cells[..., None], 256, 0, 1), scales(cells[..., None], 256, 1, 1)
     # Row 70 is in lane 70 % 32 = 6, column 70 // 32 = 2.
     assert low[70, 0] == (6 * 8 + 2) % 256
     assert high[70, 0] == (6 * 8 + 2 + 100) % 256
-    assert scales(cells, 24, 0, 2).shape == (24, 2)
-    assert scale_columns(24) == 1
-    assert scale_columns(200) == 7
+    assert scales(cells[..., None], 24, 0, 2).shape == (24, 2)
+
+
+def test_worked_positions_of_six_scales():
+    # Of K = 96: the third and fourth byte of a cell and all of the next one.
+    assert scale_columns(24, 0, 4) == (1, (0,))
+    assert scale_columns(128, 2, 6) == (4, (0, 4))
+    assert scale_columns(200, 0, 6) == (7, (0, 8))
+    cells = np.array([[[0x44332211, 0x88776655]]] * 32, np.uint32)
+    assert scales(cells, 1, 2, 6)[0].tolist() == [0x33, 0x44, 0x55, 0x66, 0x77, 0x88]
+    assert scales(cells, 1, 0, 6)[0].tolist() == [0x11, 0x22, 0x33, 0x44, 0x55, 0x66]
+    assert scales(cells, 1, 3, 3)[0].tolist() == [0x44, 0x55, 0x66]

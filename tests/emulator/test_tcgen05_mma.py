@@ -432,6 +432,50 @@ def test_hardware_mode_with_scales(ptx_kernel):
     assert (exact != found).any()
 
 
+def lines(octets, chunk, seed):
+    """Rows of 48 bytes in two buffers of 128-byte lines, swizzled: from a chunk of 16 bytes on, then over."""
+    found = np.random.default_rng(seed).integers(0, 256, (2, len(octets), 8, 16)).astype(np.uint8)
+    for i in range(3):
+        found[(chunk + i) // 8, :, (chunk + i) % 8] = octets[:, 16 * i : 16 * i + 16]
+    row, place = np.arange(len(octets))[:, None], np.arange(8)
+    swizzled = np.empty_like(found)
+    swizzled[:, row, place ^ row % 8] = found
+    return swizzled.reshape(-1)
+
+
+@pytest.mark.parametrize("block, first, chunk", [(16, 0, 5), (16, 2, 6), (32, 3, 7), (32, 0, 0)])
+def test_k_of_96(ptx_kernel, block, first, chunk):
+    rng = np.random.default_rng(7)
+    count, parts, cells = 96 // block, [], np.zeros((128, SCALES_B - SCALES_A + 8), np.uint32)
+    type_ = ml_dtypes.float8_e4m3fn if block == 16 else ml_dtypes.float8_e8m0fnu
+    for rows, column in ((128, 0), (64, SCALES_B - SCALES_A)):
+        packed = rng.integers(0, 256, (rows, 48)).astype(np.uint8)
+        codes = rng.integers(0x20, 0x50, (rows, 8)).astype(np.uint8) + (0 if block == 16 else 90)
+        # Cells of a row are 4 columns apart.
+        words = codes.view(np.uint32).reshape(-1, 32, 2)
+        for cell in range(2):
+            at = column + 4 * cell
+            cells[:, at : at + len(words)] = np.tile(words[:, :, cell].T, (4, 1))
+        nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, 96)
+        values = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+        scales = codes[:, first : first + count].view(type_).astype(np.float64)
+        parts.append((packed, values * np.repeat(scales, block, axis=1)))
+    (a, av), (b, bv) = parts
+    descriptor = word(a=1, b=1, n=64, m=128, k=1, sfa=first, sfb=first, scale=int(block == 32))
+    case = Multiplication("mxf4nvf4", a, b, descriptor, cells=cells, first=SCALES_A)
+    source = case.text(ptx_kernel, **SCALED | {"modifiers": f".block_scale.block{block}"})
+    for register, start, size in (("%rd7", 0, 128 * 128), ("%rd8", 2 * 128 * 128, 64 * 128)):
+        old = source[source.index(f"mov.b64 {register}, ") :].split(";")[0]
+        over = text.RESERVED + text.DATA + start + size
+        place = text.matrix_descriptor(start + 16 * chunk, leading=over, stride=1024, swizzle=2) | 1 << 52
+        source = source.replace(old, f"mov.b64 {register}, {place}")
+    words = np.concatenate([lines(a, chunk, 1), lines(b, chunk, 2)]).view(np.uint32)
+    old, new = (text.to_shared(n) for n in (case.words.shape[1], len(words)))
+    source = source.replace(old, new)
+    y, _ = text.run(source, words, 128 * 64, start=cells.reshape(-1), arch="sm_103a")
+    np.testing.assert_array_equal(y.view(np.float32).reshape(128, 64), (av @ bv.T).astype(np.float32))
+
+
 # Two CTAs ---------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +522,7 @@ def test_forms_that_are_not_emulated(ptx_kernel):
         with pytest.raises(UnsupportedInstruction, match=match):
             text.run(source.replace(old, new), case.words, 8192)
     case, _ = scaled_case(k=1)
-    with pytest.raises(UnsupportedInstruction, match="K = 96"):
+    with pytest.raises(UnsupportedInstruction, match="sm_100a has no MMA with K = 96"):
         case.run(ptx_kernel, **SCALED)
 
 
@@ -491,6 +535,19 @@ def test_descriptors_that_are_refused(ptx_kernel):
     first = text.matrix_descriptor(0, leading=2048, stride=128)
     with pytest.raises(DescriptorError, match="bits 46 to 48"):
         text.run(source.replace(f"%rd7, {first};", f"%rd7, {first ^ 1 << 46};"), case.words, 8192)
+
+
+@pytest.mark.parametrize("ids, block", [({"sfa": 2}, 16), ({"sfb": 1}, 16), ({"sfa": 3}, 32)])
+def test_scale_ids_that_are_refused(ptx_kernel, ids, block):
+    case, _ = scaled_case(scale=1, **ids)
+    with pytest.raises(DescriptorError, match=f"scale ids .* K = 64 and blocks of {block}"):
+        case.run(ptx_kernel, **SCALED | {"modifiers": f".block_scale.block{block}"})
+
+
+def test_blocks_of_32_have_powers_of_two(ptx_kernel):
+    case, _ = scaled_case()
+    with pytest.raises(DescriptorError, match="ue4m3 go with blocks of 16"):
+        case.run(ptx_kernel, **SCALED | {"modifiers": ".block_scale.block32"})
 
 
 def test_operands_nobody_wrote(ptx_kernel):

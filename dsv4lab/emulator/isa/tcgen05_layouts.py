@@ -83,21 +83,30 @@ def accumulator(m: int, n: int, ctas: int, lane: int = 0) -> tuple[Block, ...]:
     return (Block(slice(0, 64), (0, n // 2), (0, 1)), Block(slice(64, 128), (n // 2, n), (2, 3)))
 
 
-def scale_columns(rows: int) -> int:
-    """Columns that the scales of so many rows (of A, or columns of B) take: 32 of them a column."""
-    return -(-rows // 32)
+def scale_columns(rows: int, first: int, count: int) -> tuple[int, tuple[int, ...]]:
+    """Columns that hold scales: of rows of A, or columns of B.
+
+    Args:
+        rows: how many rows there are; 32 of them take a column.
+        first: byte of a cell at which a row's scales begin (the scale id).
+        count: scales of a row. A cell holds four; with K = 96 they go on in the cell after those of 128 rows,
+            or of 256 where there are more.
+    Returns:
+        How many columns the rows take, and from which column on, counted from the address, for each cell of a
+        row.
+    """
+    cells = -(-(first + count) // 4)
+    return -(-rows // 32), tuple(4 * -(-rows // 128) * cell for cell in range(cells))
 
 
 def scales(cells: np.ndarray, rows: int, first: int, count: int) -> np.ndarray:
     """Scale codes of rows, as 32x128b.warpx4 copies lay them out: row r in lane r % 32, column r // 32.
 
     Args:
-        cells: uint32 (32, columns), one quarter of the lanes, from the address of the scales on.
-        rows: how many rows there are.
-        first: byte of each cell at which a row's scales begin (the scale id).
-        count: scales of a row.
+        cells: uint32 (32, columns, cells of a row), of one quarter of the lanes; see scale_columns.
+        rows, first, count: as of scale_columns.
     Returns:
         uint8 (rows, count).
     """
-    codes = np.ascontiguousarray(cells.T).view(np.uint8).reshape(-1, 4)
-    return codes[:rows, first : first + count]
+    codes = np.ascontiguousarray(cells.swapaxes(0, 1)).view(np.uint8)
+    return codes.reshape(-1, codes.shape[-1])[:rows, first : first + count]

@@ -1,6 +1,6 @@
 """tcgen05.mma as it is issued, by one thread: its form, its checks, its model time.
 
-Collector hints are ignored. Not emulated: .sp, .ws, .ashift, K = 96.
+Collector hints are ignored. Not emulated: .sp, .ws, .ashift.
 
 Model time, for the timeline only: a tensor core does so many multiply-adds a cycle; 16384 of FP4 are B200's 9
 PFLOPS dense with 148 SMs at 1.85 GHz. M = 64 takes as long as M = 128.
@@ -15,9 +15,10 @@ import numpy as np
 from dsv4lab.emulator.errors import EmulatorError, at
 from dsv4lab.emulator.instruction_descriptor import KINDS, InstructionDescriptor, decode
 from dsv4lab.emulator.isa.registry import Action, Effect, unsupported
+from dsv4lab.emulator.isa.tcgen05_operands import matrix
 from dsv4lab.emulator.isa.tcgen05_perform import Form, Work, perform
 from dsv4lab.emulator.isa.tcgen05_pipe import TensorPipes, cta_group
-from dsv4lab.emulator.matrix_descriptor import decode_tcgen05
+from dsv4lab.emulator.matrix_descriptor import DescriptorError
 from dsv4lab.emulator.ptx import Immediate, Instruction, Memory, Vector
 from dsv4lab.emulator.tensor_memory import TensorMemoryError
 
@@ -99,16 +100,16 @@ def _issue(batch: Batch, row: int, form: Form, values: list[int], ins: Instructi
     ctas = pipes.use(int(batch.ctas[row]), form.group)
     d, a, b, bits, accumulate, *extra = values
     descriptor = decode(bits, form.kind, form.group)
-    if descriptor.k == 96:
-        raise unsupported(ins, "K = 96")
-    if form.block == 32 and descriptor.scale == "ue4m3":
-        raise TensorMemoryError("scales of type ue4m3 go with blocks of 16 values, not 32")
+    _check_scales(descriptor, form)
+    if descriptor.k == 96 and not machine.arch.name.startswith("sm_103"):
+        raise unsupported(ins, f"{machine.arch.name} has no MMA with K = 96, which sm_103a has")
     _check_lane(d, descriptor, "D", form.group)
     if form.a_in_tensor:
         _check_lane(a, descriptor, "A", form.group, d >> 16)
+    place_a = a & 0xFFFF if form.a_in_tensor else matrix(a, descriptor)
+    scales = () if form.masked else tuple(_scale_column(address) for address in extra)
     work = Work(
-        form, descriptor, ctas, d, a & 0xFFFF if form.a_in_tensor else decode_tcgen05(a), decode_tcgen05(b),
-        () if form.masked else tuple(_scale_column(address) for address in extra), bool(accumulate),
+        form, descriptor, ctas, d, place_a, matrix(b, descriptor), scales, bool(accumulate),
         _disabled(extra) if form.masked else None, pipes.access(warp),
     )  # fmt: skip
     _account(batch, row, work, ins)
@@ -128,6 +129,19 @@ def _account(batch: Batch, row: int, work: Work, ins: Instruction) -> None:
         text = f"{form.kind} {m} x {n} x {k} to column {column}"
         cta = int(batch.ctas[row])
         machine.trace.add("mma", cta, place, start, end, ins.line, text, m=m, n=n, k=k, column=column)
+
+
+def _check_scales(descriptor: InstructionDescriptor, form: Form) -> None:
+    ids = descriptor.scale_id_a, descriptor.scale_id_b
+    if form.block == 32 and descriptor.scale == "ue4m3":
+        raise DescriptorError("scales of type ue4m3 go with blocks of 16 values, not 32")
+    # A cell holds four scales: those of 16 values fill it, with K = 96 one and a half.
+    step = {(16, 64): 4, (16, 96): 2, (32, 64): 2}.get((form.block, descriptor.k), 1)
+    if any(i % step for i in ids):
+        raise DescriptorError(
+            f"the scale ids {ids} of an MMA with K = {descriptor.k} and blocks of {form.block}: they must be "
+            + ("0" if step == 4 else "0 or 2")
+        )
 
 
 def _check_lane(

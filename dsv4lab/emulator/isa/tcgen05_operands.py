@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,22 +11,53 @@ import numpy as np
 from dsv4lab.emulator import small_floats
 from dsv4lab.emulator.instruction_descriptor import InstructionDescriptor
 from dsv4lab.emulator.isa.tcgen05_layouts import Block, scale_columns, scales
-from dsv4lab.emulator.matrix_descriptor import MatrixDescriptor, decode_bytes, read_matrix
+from dsv4lab.emulator.matrix_descriptor import (
+    DescriptorError,
+    MatrixDescriptor,
+    decode_bytes,
+    decode_tcgen05,
+    read_matrix,
+)
 from dsv4lab.emulator.tensor_memory import TensorMemory, TensorMemoryError
 
 if TYPE_CHECKING:
     from dsv4lab.emulator.happens_before import Access
     from dsv4lab.emulator.machine import Machine
 
+# Where an operand begins, and where it goes on.
+Matrix = tuple[MatrixDescriptor, ...]
+
 # Kinds whose operands of 4 and 6 bits have a byte each in tensor memory, and 16 in 16 bytes in shared memory.
 _BYTEWISE = ("f8f6f4", "mxf8f6f4")
+_ABSOLUTE = 52  # bit of a matrix descriptor
+_LINE = 128  # bytes of a row in an atom of the 128-byte swizzle
 _BITS = {"tf32": 32, "f16": 16, "bf16": 16}
+
+
+def matrix(bits: int, descriptor: InstructionDescriptor) -> Matrix:
+    """Where an operand in shared memory lies.
+
+    The 48 bytes of K = 96 may run over the end of a 128-byte line. Its descriptor can then say, in place of
+    the leading offset, at which address the operand goes on.
+
+    Raises:
+        DescriptorError: for a matrix descriptor that this MMA does not take.
+    """
+    if descriptor.k != 96 or not bits >> _ABSOLUTE & 1:
+        return (decode_tcgen05(bits),)
+    first = decode_tcgen05(bits & ~(1 << _ABSOLUTE))
+    if first.swizzle != "128B" or first.base_offset:
+        raise DescriptorError(
+            f"the matrix descriptor {bits:#018x} gives its leading offset as an address, which goes with the "
+            "128-byte swizzle and no base offset"
+        )
+    return first, replace(first, start=first.leading)
 
 
 def from_shared(
     machine: Machine,
     cta: int,
-    matrix: MatrixDescriptor,
+    places: Matrix,
     rows: int,
     descriptor: InstructionDescriptor,
     side: str,
@@ -35,14 +67,26 @@ def from_shared(
     type_ = getattr(descriptor, side)
     major = "MN" if getattr(descriptor, f"mn_major_{side}") else "K"
     padded = descriptor.kind in _BYTEWISE
-    if descriptor.kind == "tf32" and (major == "MN") != (matrix.swizzle == "128B_atom32B"):
-        raise TensorMemoryError(
-            f"an operand of kind tf32 that is {major}-major with swizzle {matrix.swizzle}: "
+    if descriptor.kind == "tf32" and (major == "MN") != (places[0].swizzle == "128B_atom32B"):
+        raise DescriptorError(
+            f"an operand of kind tf32 that is {major}-major with swizzle {places[0].swizzle}: "
             "128B with 32-byte atoms goes with MN-major"
         )
     read = partial(machine.shared.read, cta, by=by)
-    values = read_matrix(read, matrix, rows, descriptor.k, type_, major, padded)
+    parts = [
+        read_matrix(read, place, rows, depth, type_, major, padded)
+        for place, depth in zip(places, _depths(places, descriptor.k), strict=False)
+    ]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     return -values if getattr(descriptor, f"negate_{side}") else values
+
+
+def _depths(places: Matrix, k: int) -> tuple[int, ...]:
+    """Values of K at each of the places of an operand."""
+    if len(places) == 1:
+        return (k,)
+    first = min(k, (_LINE - places[0].start % _LINE) * 2)
+    return (first, k - first) if first < k else (k,)
 
 
 def from_tensor(
@@ -85,15 +129,13 @@ def scale_values(
         TensorMemoryError: where the copies in these quarters differ.
     """
     first = getattr(descriptor, f"scale_id_{side}")
-    width = scale_columns(rows)
-    if partitions == (0, 1, 2, 3):
-        cells = tensor.read(cta, slice(0, 128), column, width, by).reshape(4, 32, width)
-    else:
-        lanes = slice(32 * partitions[0], 32 * partitions[-1] + 32)
-        cells = tensor.read(cta, lanes, column, width, by).reshape(len(partitions), 32, width)
-    codes = scales(cells[0], rows, first, count)
-    for part, other in zip(partitions[1:], cells[1:], strict=True):
-        if not np.array_equal(scales(other, rows, first, count), codes):
+    width, starts = scale_columns(rows, first, count)
+    lanes = slice(32 * partitions[0], 32 * partitions[-1] + 32)
+    cells = np.stack([tensor.read(cta, lanes, column + start, width, by) for start in starts], axis=-1)
+    quarters = cells.reshape(len(partitions), 32, width, len(starts))
+    codes = scales(quarters[0], rows, first, count)
+    for part, quarter in zip(partitions[1:], quarters[1:], strict=True):
+        if not np.array_equal(scales(quarter, rows, first, count), codes):
             raise TensorMemoryError(
                 f"the scale factors of {side.upper()} at column {column} of tensor memory differ between "
                 f"lanes {32 * partitions[0]} and {32 * part} on: each quarter of the lanes must hold the same"

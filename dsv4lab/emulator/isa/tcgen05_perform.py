@@ -15,6 +15,7 @@ import numpy as np
 from dsv4lab.emulator.instruction_descriptor import InstructionDescriptor
 from dsv4lab.emulator.isa.tcgen05_layouts import Block, accumulator
 from dsv4lab.emulator.isa.tcgen05_operands import (
+    Matrix,
     accumulated,
     from_shared,
     from_tensor,
@@ -22,7 +23,6 @@ from dsv4lab.emulator.isa.tcgen05_operands import (
     scale_values,
     to_cells,
 )
-from dsv4lab.emulator.matrix_descriptor import MatrixDescriptor
 from dsv4lab.emulator.tensor_core import dot, dot_integer
 from dsv4lab.emulator.tensor_memory import TensorMemory
 
@@ -62,8 +62,8 @@ class Work:
         form, descriptor: what it is.
         ctas: the CTA, or both of the pair.
         d: address of the accumulator.
-        a: matrix descriptor, or column in tensor memory.
-        b: matrix descriptor.
+        a: where it is in shared memory, or its column in tensor memory.
+        b: where it is in shared memory.
         scales: columns of the scales of A and B.
         accumulate: D is read too.
         disabled: bool (ctas, 128), lanes that are not written; or None.
@@ -74,8 +74,8 @@ class Work:
     descriptor: InstructionDescriptor
     ctas: tuple[int, ...]
     d: int
-    a: MatrixDescriptor | int
-    b: MatrixDescriptor
+    a: Matrix | int
+    b: Matrix
     scales: tuple[int, ...]
     accumulate: bool
     disabled: np.ndarray | None
