@@ -44,11 +44,12 @@ def build(ins: Instruction) -> Action:
         return _elementwise(ins, names, flags, _sign_change(ins.op))
     if "approx" in flags or "full" in flags:
         return _approximate(ins, names, flags)
-    rounding = flags.pop(0) if flags and flags[0] in _ROUNDINGS else "rn"
-    held = HELD[names[0]]
-    if rounding != "rn" and held.name in ("f16", "bf16"):
+    given = flags.pop(0) if flags and flags[0] in _ROUNDINGS else None
+    op, rounding, held = "fma" if ins.op == "mad" else ins.op, given or "rn", HELD[names[0]]
+    if (rounding != "rn" and held.name in ("f16", "bf16")) or (
+        given is None and op not in ("add", "sub", "mul")
+    ):
         raise unsupported(ins)
-    op = "fma" if ins.op == "mad" else ins.op
     function = operation(op, held.name, rounding)
     if "ftz" in flags and op in ("mul", "fma", "div"):
         function = _flushing_exactly(op, function)
@@ -76,8 +77,7 @@ def _sign_change(op: str) -> Function:
 
 def _elementwise(ins: Instruction, names: list[str], flags: list[str], function: Function) -> Pure:
     """An instruction that does the same to each number: its types, .ftz and clamps around the function."""
-    known = [flag for flag in flags if flag in ("ftz", *_CLAMPS)]
-    if known != flags or len(flags) > 2 or len(names) > 2:
+    if len(names) > 2 or not all(_applies(flag, ins.op, names[0]) for flag in flags):
         raise unsupported(ins)
     target, *sources = ins.operands
     if len(names) == 2:  # mixed precision: all operands but the last are of the second type
@@ -88,6 +88,15 @@ def _elementwise(ins: Instruction, names: list[str], flags: list[str], function:
         types = [names[0]] * len(sources)
     wrapped = _wrap(names[0], types, flags, function)
     return Pure(wrapped, tuple(zip(sources, types, strict=True)), ((target, names[0]),))
+
+
+def _applies(flag: str, op: str, type_: str) -> bool:
+    """Whether PTX has a modifier for a type."""
+    if flag == "ftz":
+        return type_ in ("f32", "f32x2", "f16", "f16x2") or op in ("ex2", "rcp", "rsqrt")
+    if flag == "relu":
+        return op == "fma" and HELD[type_].name in ("f16", "bf16")
+    return flag == "sat" and type_ in ("f32", "f16", "f16x2")
 
 
 def _wrap(result: str, types: list[str], flags: list[str], function: Function) -> Function:
