@@ -1,10 +1,12 @@
 """Kernels that do one block of MMAs on operands that lie in shared memory as the test has laid them there."""
 
 # No annotations from __future__: cute.struct reads them as types.
+import ast
 from dataclasses import dataclass, field
 from typing import Any
 
 import cutlass
+import numpy as np
 from cutlass import cute, memory, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 from cutlass.cute.runtime import make_ptr
@@ -273,3 +275,22 @@ def fragment_layouts():
     with device("sm_100a", executor=lambda launch: None):
         cute.compile(trace, cutlass.Int32(1))
     return found
+
+
+def table(text):
+    """Offsets of a CuTe layout given as text, an array with one axis for each of its modes."""
+    shape, stride = (ast.literal_eval(part) for part in text.split(":"))
+    offsets = np.zeros((), np.int64)
+    for mode in zip(shape, stride, strict=True):
+        offsets = offsets[..., None] + _mode(*mode)
+    return offsets
+
+
+def _mode(shape, stride):
+    if isinstance(shape, int):
+        return np.arange(shape) * stride
+    offsets = np.zeros(1, np.int64)
+    for part in zip(shape, stride, strict=True):
+        # The first of nested modes runs fastest.
+        offsets = (offsets[None, :] + _mode(*part)[:, None]).reshape(-1)
+    return offsets

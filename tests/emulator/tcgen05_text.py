@@ -15,6 +15,7 @@ from dsv4lab.emulator import device
 
 DATA = 1024
 RESERVED = 1024  # bytes of the window before the dynamic shared memory
+SCALES_A, SCALES_B, MATRIX_A = 128, 160, 192  # columns of tensor memory; D is at 0
 
 
 def program(body, kernel, *, words=0, columns=512, group=1, free=True, permit=True):
@@ -120,3 +121,105 @@ def run(text, x=None, y_words=0, ctas=1, start=None, arch="sm_100a", **options):
     shape = dict(block=(128, 1, 1), grid=(ctas, 1, 1), cluster=(ctas, 1, 1))
     launched = gpu.run_ptx(text, inputs, outputs, **shape, shared_bytes=DATA + 65536)
     return outputs.numpy().view(np.uint32).copy(), launched
+
+
+def word(**fields):
+    """An instruction descriptor from fields by name."""
+    places = {
+        "saturate": 3, "d": 4, "sfb": 4, "a": 7, "b": 10, "neg_a": 13, "neg_b": 14, "n": 17, "scale": 23,
+        "m": 24, "sfa": 29, "k": 31,
+    }  # fmt: skip
+    return sum((v >> {"n": 3, "m": 4}.get(name, 0)) << places[name] for name, v in fields.items())
+
+
+def chunked(octets):
+    """Rows of bytes (rows, n) as shared memory holds them without swizzle: (n / 16, rows, 16)."""
+    return np.ascontiguousarray(octets).view(np.uint8).reshape(len(octets), -1, 16).transpose(1, 0, 2)
+
+
+def stored(cells, column, register=20):
+    """Store cells (128, n), which lie in y, to columns of tensor memory."""
+    count = cells.shape[1]
+    lines = [
+        f" mad.lo.u32 %r6, %r1, {4 * count}, {0};",
+        " cvt.u64.u32 %rd5, %r6;",
+        " add.u64 %rd5, %rd5, %rd2;",
+    ]
+    for i in range(count):
+        lines.append(f" ld.global.b32 %r{register}, [%rd5+{4 * i}];")
+        lines.append(f" tcgen05.st.sync.aligned.32x32b.x1.b32 [%r11+{column + i}], {{%r{register}}};")
+    return "\n".join(lines)
+
+
+class Multiplication:
+    """One MMA on A and B in shared memory, each (rows, bytes of K), or A in tensor memory.
+
+    Args:
+        kind: with the modifiers that follow it.
+        a: bytes (M, ...) in shared memory, or None.
+        b: bytes (N, ...).
+        cells: uint32 (128, n) that are stored to tensor memory first, from column `first` on.
+        first: that column.
+    """
+
+    def __init__(self, kind, a, b, descriptor, *, cells=None, first=0, group=1):
+        self.kind, self.descriptor, self.group = kind, descriptor, group
+        self.cells, self.first = cells, first
+        self.parts = [chunked(b)] if a is None else [chunked(a), chunked(b)]
+
+    def source(self, kernel, tail="", accumulate=False, d=0, a="%rd7", columns=64, modifiers=""):
+        """The kernel; the MMA's mask, scales or shift stand in `tail` with {p} for the predicate."""
+        offset = 0 if len(self.parts) == 1 else self.parts[0].size // self.group
+        places = [
+            matrix_descriptor(start, leading=part.shape[1] // self.group * 16, stride=128)
+            for part, start in zip((self.parts[0], self.parts[-1]), (0, offset), strict=True)
+        ]
+        tail = (tail or "{p}").format(p="%p6")
+        opcode = f"tcgen05.mma.cta_group::{self.group}.kind::{self.kind}{modifiers}"
+        mma = f"""
+ mov.b64 %rd7, {places[0]};
+ mov.b64 %rd8, {places[1]};
+ mov.b32 %r40, {self.descriptor:#x};
+ setp.{"eq" if accumulate else "ne"}.u32 %p6, 0, 0;
+ add.u32 %r41, %r10, {d};
+ add.u32 %r42, %r10, {MATRIX_A | d & 0xFFFF0000};
+ add.u32 %r43, %r10, {SCALES_A};
+ add.u32 %r44, %r10, {SCALES_B};
+ {opcode} [%r41], {a}, %rd8, %r40, {tail};
+"""
+        before = ""
+        if self.cells is not None:
+            before = stored(self.cells, self.first) + "\n tcgen05.wait::st.sync.aligned;\n bar.sync 0;\n"
+        if self.group == 2:
+            before += CLUSTER + "\n mov.b16 %rs1, 3;\n"
+        mask = ", %rs1" if self.group == 2 else ""
+        body = before + committed(mma, self.group, mask) + load(columns)
+        return program(body, kernel, words=self.words.shape[1], group=self.group)
+
+    @property
+    def words(self):
+        """Words of shared memory of each CTA: its rows of A and of B, one after the other."""
+        halves = []
+        for rank in range(self.group):
+            pieces = [np.split(part, self.group, axis=1)[rank].reshape(-1) for part in self.parts]
+            halves.append(np.concatenate(pieces).view(np.uint32))
+        size = -(-len(halves[0]) // 128) * 128
+        return np.stack([np.pad(half, (0, size - len(half))) for half in halves])
+
+    def run(self, kernel, columns=64, options=None, **form):
+        """Columns of D from 0 on, uint32 (CTAs * 128, columns), and the run."""
+        source = self.source(kernel, columns=columns, **form)
+        # What is stored to tensor memory first is read from y, which the result then replaces.
+        count = self.group * 128 * max(columns, 0 if self.cells is None else self.cells.shape[1])
+        start = None if self.cells is None else self.cells.reshape(-1)
+        y, launched = run(source, self.words, count, ctas=self.group, start=start, **(options or {}))
+        return y[: self.group * 128 * columns].reshape(-1, columns), launched
+
+
+def small(rng, shape, dtype=np.float16):
+    """Multiples of 1/4 up to 4: sums of their products are exact."""
+    return (rng.integers(-16, 17, shape) / 4).astype(dtype)
+
+
+def product(a, b):
+    return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)

@@ -5,7 +5,6 @@ Operands are such that float64 sums are exact: the results have one right value,
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -99,26 +98,13 @@ def random_codes(rng, element, shape):
 
 def offsets(text, element):
     """Bit offsets of a CuTe layout of shared memory, an array with one axis for each of its modes."""
-    found = re.fullmatch(r"(?:S<(\d),(\d),(\d)> o 0 o )?(.*):(.*)", text)
-    shape, stride = ast.literal_eval(found[4]), ast.literal_eval(found[5])
-    table = np.zeros((), np.int64)
-    for mode in zip(shape, stride, strict=True):
-        table = table[..., None] + mode_offsets(*mode)
-    table = table * TYPES[element.__name__][0]
+    found = re.fullmatch(r"(?:S<(\d),(\d),(\d)> o 0 o )?(.*)", text)
+    places = kernels.table(found[4]) * TYPES[element.__name__][0]
     if found[1]:
         width, base, shift = (int(found[i]) for i in (1, 2, 3))
-        octet = table // 8
-        table = table ^ (octet >> shift & ((1 << width) - 1 << base)) * 8
-    return table
-
-
-def mode_offsets(shape, stride):
-    if isinstance(shape, int):
-        return np.arange(shape) * stride
-    table = np.zeros(1, np.int64)
-    for part in zip(shape, stride, strict=True):
-        table = (table[None, :] + mode_offsets(*part)[:, None]).reshape(-1)
-    return table
+        octet = places // 8
+        places = places ^ (octet >> shift & ((1 << width) - 1 << base)) * 8
+    return places
 
 
 def image(places, codes, element, seed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 from pathlib import Path
 
@@ -12,34 +11,11 @@ import pytest
 from dsv4lab.emulator.isa.tcgen05_layouts import SHAPES, accumulator, fragment, scale_columns, scales
 from dsv4lab.emulator.tensor_memory import COLUMNS
 
-
-@pytest.fixture(scope="module")
-def cute():
-    spec = importlib.util.spec_from_file_location(
-        "tcgen05_kernels", Path(__file__).with_name("tcgen05_kernels.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def table(text):
-    """Offsets of a CuTe layout given as text, an array with one axis for each of its modes."""
-    shape, stride = (ast.literal_eval(part) for part in text.split(":"))
-    offsets = np.zeros((), np.int64)
-    for mode in zip(shape, stride, strict=True):
-        offsets = offsets[..., None] + _mode(*mode)
-    return offsets
-
-
-def _mode(shape, stride):
-    if isinstance(shape, int):
-        return np.arange(shape) * stride
-    offsets = np.zeros(1, np.int64)
-    for part in zip(shape, stride, strict=True):
-        # The first of nested modes runs fastest.
-        offsets = (offsets[None, :] + _mode(*part)[:, None]).reshape(-1)
-    return offsets
+path = Path(__file__).with_name("tcgen05_kernels.py")
+spec = importlib.util.spec_from_file_location("tcgen05_kernels", path)
+cute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cute)
+table = cute.table
 
 
 def test_the_table_of_a_layout():
@@ -68,7 +44,7 @@ def test_worked_positions_of_registers():
     assert [at(register, 5) for register in range(2)] == [(5, 0), (5, 2)]
 
 
-def test_fragments_are_cutes(cute):
+def test_fragments_are_cutes():
     for (shape, repeat, packed), text in cute.fragment_layouts().items():
         elements = table(text)
         rows, words = (32 if shape == "32x32b" else 16), fragment(shape, repeat).shape[0]
@@ -96,7 +72,7 @@ def test_a_fragment_has_every_cell_once(shape):
 # Accumulators -----------------------------------------------------------------------------------------------
 
 
-def test_accumulators_are_cutes(cute):
+def test_accumulators_are_cutes():
     for (m, n, ctas), text in cute.accumulator_layouts().items():
         expected = table(text).reshape(n, m // ctas).T
         found = np.full((m // ctas, n), -1)
@@ -132,7 +108,7 @@ def scale_positions(partition, rows, count):
     return (lane + 32 * partition) * 2**18 + byte
 
 
-def test_scales_are_cutes(cute):
+def test_scales_are_cutes():
     for (block, k, m, n, ctas), (a, b) in cute.scale_layouts().items():
         count, left = k // block, accumulator(m, n, ctas)[0]
         # (((32 lanes, rows / 32), 4 copies), (block, count)), others.

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv4lab.emulator.errors import AddressError, at
 from dsv4lab.emulator.isa.registry import Action, Effect, Wait
-from dsv4lab.emulator.isa.tcgen05_pipe import TensorPipes, cta_group
+from dsv4lab.emulator.isa.tcgen05_pipe import TensorPipes, cta_group, in_shared_memory
 from dsv4lab.emulator.ptx import Instruction
 from dsv4lab.emulator.tensor_memory import TensorMemory, TensorMemoryError
 
@@ -100,13 +100,7 @@ def _rows(batch: Batch, mask: np.ndarray, name: str) -> list[int]:
 
 def _own_shared(machine: Machine, cta: int, address: int, in_shared: bool) -> int:
     """Offset in a CTA's own shared memory."""
-    if in_shared:
-        owner, offset = (int(value) for value in machine.shared.locate(cta, address))
-    else:
-        space, *place = machine.generic(cta, address)
-        if space != "shared":
-            raise AddressError(f"tcgen05.alloc writes to {address:#x}, which is not in shared memory")
-        owner, offset = place
+    owner, offset = in_shared_memory(machine, cta, address, in_shared)
     if owner != cta:
         raise AddressError(f"tcgen05.alloc writes to {address:#x}, which is another CTA's shared memory")
     if offset % 4:

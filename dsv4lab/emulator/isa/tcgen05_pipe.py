@@ -129,17 +129,22 @@ def _commit(
     pipes.later(ctas, perform)
 
 
+def in_shared_memory(machine: Machine, cta: int, address: int, in_shared: bool) -> tuple[int, int]:
+    """CTA and offset of a shared address, or of a generic one. Raises AddressError for another space."""
+    if in_shared:
+        owner, offset = machine.shared.locate(cta, address)
+        return int(owner), int(offset)
+    space, *place = machine.generic(cta, address)
+    if space != "shared":
+        raise AddressError(f"the generic address {address:#x} is not in shared memory")
+    return place[0], place[1]
+
+
 def _targets(
     machine: Machine, cta: int, address: int, in_shared: bool, chosen: int | None
 ) -> list[tuple[int, int]]:
     """(CTA, offset) of the mbarriers that a commit arrives at."""
-    if in_shared:
-        owner, offset = (int(value) for value in machine.shared.locate(cta, address))
-    else:
-        space, *where = machine.generic(cta, address)
-        if space != "shared":
-            raise AddressError(f"the mbarrier at {address:#x} is not in shared memory")
-        owner, offset = where
+    owner, offset = in_shared_memory(machine, cta, address, in_shared)
     if chosen is None:
         return [(owner, offset)]
     if not chosen or chosen >> machine.cluster_size:
