@@ -14,7 +14,7 @@ data, so it is off in clusters and once `orders_unseen` was called.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,7 +54,7 @@ class Barriers:
         """Make a barrier in phase 0 that expects `count` arrivals a phase, 1 to 2**20 - 1."""
         if offset % 8:
             raise BarrierError(f"{self._name(cta, offset)} is not aligned to 8 bytes")
-        self._check_count(count, f"{self._name(cta, offset)} is initialised")
+        _check_count(count, lambda: f"{self._name(cta, offset)} is initialised")
         old = self._barriers.get((cta, offset))
         if old is not None and old.busy and self._intact(cta, offset, old):
             raise BarrierError(f"{self.describe(cta, offset)} is initialised again in the middle of a phase")
@@ -126,7 +126,7 @@ class Barriers:
             The state token: the phase and pending count before the arrival.
         """
         barrier = self._live(cta, offset, "arrived at", warp)
-        self._check_count(count, f"{self.describe(cta, offset)} is arrived at")
+        _check_count(count, lambda: f"{self.describe(cta, offset)} is arrived at")
         if count > barrier.pending:
             raise BarrierError(
                 f"{self.describe(cta, offset)} is arrived at {count} more times: "
@@ -237,10 +237,6 @@ class Barriers:
     def _tag(self, cta: int, offset: int) -> int:
         return cta % self.machine.cluster_size << 15 | offset >> 3
 
-    def _check_count(self, count: int, what: str) -> None:
-        if not 1 <= count <= MAX_COUNT:
-            raise BarrierError(f"{what} with a count of {count}, which must be 1 to {MAX_COUNT}")
-
     def _live(self, cta: int, offset: int, use: str, warp: int | None = None) -> MBarrier:
         barrier = self._barriers.get((cta, offset))
         if barrier is None:
@@ -271,6 +267,11 @@ class Barriers:
                     f"wrong transaction count: the kernel ends and {self.describe(cta, offset)} "
                     "still has bytes outstanding"
                 )
+
+
+def _check_count(count: int, what: Callable[[], str]) -> None:
+    if not 1 <= count <= MAX_COUNT:
+        raise BarrierError(f"{what()} with a count of {count}, which must be 1 to {MAX_COUNT}")
 
 
 def _key(cta: int, offset: int) -> Hashable:

@@ -1,4 +1,4 @@
-"""Barriers of CTAs and clusters: bar.*, barrier.{cta.}sync/arrive/red, bar.warp.sync, barrier.cluster.*.
+"""Barriers of CTAs and clusters: bar.*, barrier.{cta.}sync/arrive/red, barrier.cluster.*.
 
 Lanes of the `.aligned` forms, bar.* among them, first wait for each other at the instruction; those of the
 other forms may come to the barrier by different ones.
@@ -18,7 +18,6 @@ from dsv4lab.emulator.cluster_barriers import ClusterBarriers
 from dsv4lab.emulator.convergence import Convergence
 from dsv4lab.emulator.errors import at
 from dsv4lab.emulator.isa.registry import Effect, Wait, instruction, unsupported
-from dsv4lab.emulator.isa.warp import warp_sync
 from dsv4lab.emulator.named_barriers import ALL, COUNT, NamedBarriers
 from dsv4lab.emulator.ptx import Immediate, Instruction
 from dsv4lab.emulator.waits import Waits
@@ -32,9 +31,7 @@ _REDUCTIONS = {"and": 0, "or": 1, "popc": 2}
 
 @instruction("bar", "barrier")
 def barrier(ins: Instruction) -> Effect:
-    """All barriers but mbarriers."""
-    if ins.modifiers[:2] == ("warp", "sync"):
-        return warp_sync(ins)
+    """All barriers of CTAs and clusters but mbarriers."""
     if ins.modifiers[:1] == ("cluster",):
         return _cluster(ins)
     kind, *rest = [m for m in ins.modifiers if m not in ("cta", "aligned")]
