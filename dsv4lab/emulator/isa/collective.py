@@ -51,6 +51,7 @@ def collective(
 
 
 def all_here(batch: Batch, mask: np.ndarray) -> bool:
+    """Whether all lanes of all rows execute the instruction."""
     return (batch.full and mask is batch.mask) or bool(mask.all())
 
 
