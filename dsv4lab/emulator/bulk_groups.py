@@ -64,27 +64,30 @@ class BulkGroups:
         access: Access | None,
         end: int,
     ) -> None:
-        """A copy of the issuing thread: `write` will be given what `read` has read."""
-        thread = self._threads.setdefault(issue.warp, {}).setdefault(issue.lane, _Thread())
-        group = thread.open
-        group.reading += 1
-        group.writing += 1
-        group.end = max(group.end, end)
-        if access is not None:
-            group.accesses.append(access)
+        """A copy of the issuing threads: `write` will be given what `read` has read."""
+        threads = self._threads.setdefault(issue.warp, {})
+        groups = [threads.setdefault(lane, _Thread()).open for lane in issue.lanes]
+        for group in groups:
+            group.reading += 1
+            group.writing += 1
+            group.end = max(group.end, end)
+            if access is not None:
+                group.accesses.append(access)
         source: list[np.ndarray] = []
         key = ("bulk", issue.warp)
 
         def fetch() -> None:
             if not source:
                 source.append(read())
-                group.reading -= 1
+                for group in groups:
+                    group.reading -= 1
                 self.machine.wake(key)
 
         def put() -> None:
             fetch()
             write(source[0])
-            group.writing -= 1
+            for group in groups:
+                group.writing -= 1
             self.machine.wake(key)
 
         issue.later(("bulk read", issue.warp, issue.lane), fetch)

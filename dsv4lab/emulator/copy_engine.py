@@ -48,20 +48,21 @@ class CopyEngines:
 
 
 class Issue:
-    """One lane that issues a copy.
+    """One lane that issues a copy, or several of a warp that issue the same.
 
     Attributes:
-        machine, row, lane: of the batch.
+        machine, row, lane: of the batch; the first lane.
+        lanes: all of them.
         cta, warp: indices in the wave.
         ins: the instruction.
         time: model time of the issue.
     """
 
-    __slots__ = ("cta", "ins", "lane", "machine", "row", "time", "warp")
+    __slots__ = ("cta", "ins", "lane", "lanes", "machine", "row", "time", "warp")
 
-    def __init__(self, batch: Batch, row: int, lane: int, ins: Instruction) -> None:
+    def __init__(self, batch: Batch, row: int, lanes: list[int], ins: Instruction) -> None:
         self.machine = batch.machine
-        self.row, self.lane, self.ins = row, lane, ins
+        self.row, self.lane, self.lanes, self.ins = row, lanes[0], lanes, ins
         self.cta, self.warp = int(batch.ctas[row]), int(batch.warps[row])
         self.time = int(self.machine.time[self.warp])
 
@@ -112,12 +113,35 @@ class Issue:
 
 
 def each(
-    batch: Batch, mask: np.ndarray, ins: Instruction, act: Callable[..., None], *reads: np.ndarray
+    batch: Batch,
+    mask: np.ndarray,
+    ins: Instruction,
+    act: Callable[..., None],
+    *reads: np.ndarray,
+    together: bool = False,
 ) -> None:
-    """act(Issue, *values) for each lane of a mask, with the lane's values of the reads as ints."""
-    for row, lane in batch.lanes(mask):
-        issue = Issue(batch, row, lane, ins)
+    """act(Issue, *values) for each lane of a mask, with the lane's values of the reads as ints.
+
+    Args:
+        together: lanes of a warp that all have the same values act once, for copies that may be repeated.
+    """
+    for row, lanes in _issuers(batch, mask, reads, together):
+        issue = Issue(batch, row, lanes, ins)
         try:
-            act(issue, *(int(read[row, lane]) for read in reads))
+            act(issue, *(int(read[row, lanes[0]]) for read in reads))
         except EmulatorError as error:
             raise issue.blamed(error) from None
+
+
+def _issuers(
+    batch: Batch, mask: np.ndarray, reads: tuple[np.ndarray, ...], together: bool
+) -> list[tuple[int, list[int]]]:
+    """(row, lanes) that act as one."""
+    if not together:
+        return [(row, [lane]) for row, lane in batch.lanes(mask)]
+    found = []
+    for row in np.flatnonzero(mask.any(1)).tolist():
+        lanes = np.flatnonzero(mask[row]).tolist()
+        alike = all((read[row, lanes] == read[row, lanes[0]]).all() for read in reads)
+        found += [(row, lanes)] if alike else [(row, [lane]) for lane in lanes]
+    return found

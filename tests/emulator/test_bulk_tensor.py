@@ -291,6 +291,23 @@ def test_reductions(kernel, operation):
     np.testing.assert_array_equal(kernel.x.numpy(), ways[operation])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_lane_of_a_warp_copies(kernel, seed):
+    """Without elect.sync an instruction is executed 32 times: seen on an H200, where a sum was 32-fold."""
+    x = np.zeros((16, 8), np.uint32)
+    store = f" {STORE.format(n=2)} [%rd4, {{0, 0}}], [%r6];\n"
+    wait = " cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;\n"
+    body = " setp.ge.u32 %p4, %r1, 32; @%p4 bra END;\n{}END:\n"
+    add = store.replace("cp.async", "cp.reduce.async").replace(".tile", ".add.tile")
+    kernel(FILL + body.format(add + wait), x, seed=seed, **MATRIX)
+    np.testing.assert_array_equal(kernel.x.numpy(), 32 * numbers(16, 8, dtype=np.uint32))
+    assert kernel.run.counters["tma.stores"] == 32
+    kernel(FILL + body.format(store + wait + " st.shared.b32 [%r22], 5;\n"), x, seed=seed, **MATRIX)
+    np.testing.assert_array_equal(kernel.x.numpy(), numbers(16, 8))
+    assert (kernel.run.counters["tma.stores"], kernel.run.counters["tma.store_bytes"]) == (32, 32 * 512)
+    assert kernel.run.trace.of("tma")[0].text == "store of 16 x 8 u32 at (0, 0), by 32 lanes"
+
+
 def test_a_reduction_that_the_type_does_not_have(kernel):
     form = STORE.format(n=2).replace("cp.async", "cp.reduce.async").replace(".tile", ".min.tile")
     with pytest.raises(EmulatorError, match=r"the reduction min takes elements of .*, got f32"):

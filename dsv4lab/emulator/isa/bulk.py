@@ -55,9 +55,15 @@ def build(ins: Instruction) -> Action:
     raise unsupported(ins)
 
 
-def effect(ins: Instruction, act: Callable[..., None], reads: Iterable[tuple[Operand, str]]) -> Effect:
-    """An effect of each lane by itself: act(Issue, *ints)."""
-    return Effect(lambda batch, mask, *values: each(batch, mask, ins, act, *values), tuple(reads))
+def effect(
+    ins: Instruction, act: Callable[..., None], reads: Iterable[tuple[Operand, str]], together: bool = False
+) -> Effect:
+    """An effect of each lane by itself, act(Issue, *ints), or together as `each` has it."""
+
+    def function(batch: Batch, mask: np.ndarray, *values: np.ndarray) -> None:
+        each(batch, mask, ins, act, *values, together=together)
+
+    return Effect(function, tuple(reads))
 
 
 def groups(ins: Instruction) -> Action:
@@ -170,7 +176,7 @@ def _store(ins: Instruction, reduction: tuple[str, ...]) -> Effect:
         cta, offset = issue.shared("srcMem", source, size, _UNIT, "shared::cta")
         pending = machine.state(BulkGroups)
         access = pending.access(issue.warp)
-        end = machine.state(CopyEngines).occupy(issue.cta, issue.time, size)
+        end = machine.state(CopyEngines).occupy(issue.cta, issue.time, size * len(issue.lanes))
 
         def write(data: np.ndarray) -> None:
             if not size:
@@ -180,8 +186,9 @@ def _store(ins: Instruction, reduction: tuple[str, ...]) -> Effect:
             memory[:] = np.where(chosen >> np.arange(size) % 16 & 1, data, memory) if masked else data
 
         pending.add(issue, partial(machine.shared.read_range, cta, offset, size, access), write, access, end)
-        machine.counters["bulk.bytes"] += size
+        machine.counters["bulk.bytes"] += size * len(issue.lanes)
         issue.trace(end, f"bulk {'reduction' if reduction else 'store'} of {size} bytes", bytes=size)
 
     operands = [*zip(ins.operands[:3], ("address", "address", "u32"), strict=True)]
-    return effect(ins, act, [*operands, (ins.operands[-1], "u16")] if masked else operands)
+    operands += [(ins.operands[-1], "u16")] if masked else []
+    return effect(ins, act, operands, together=not reduction)

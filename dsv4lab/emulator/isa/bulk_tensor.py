@@ -157,7 +157,7 @@ def _store(ins: Instruction, form: _Form) -> Effect:
         cta, offset = issue.shared("srcMem", source, whole.shared_bytes, tma.ALIGNMENT, "shared::cta")
         groups = machine.state(BulkGroups)
         access = groups.access(issue.warp)
-        end = machine.state(CopyEngines).occupy(issue.cta, issue.time, whole.nbytes)
+        end = machine.state(CopyEngines).occupy(issue.cta, issue.time, whole.nbytes * len(issue.lanes))
 
         def write(tile: np.ndarray) -> None:
             boxes = form.boxes(box, coordinates)
@@ -172,14 +172,17 @@ def _store(ins: Instruction, form: _Form) -> Effect:
         )
         _count(issue, "store", whole, coordinates, end, offset)
 
-    return effect(ins, act, [(ins.operands[1], "address"), *form.reads])
+    # A store that all lanes issue with the same operands is issued 32 times on a GPU too, to the same effect.
+    reads = [(ins.operands[1], "address"), *form.reads]
+    return effect(ins, act, reads, together=not form.reduction)
 
 
 def _count(issue: Issue, kind: str, box: Box, coordinates: tuple[int, ...], end: int, offset: int) -> None:
     counters = issue.machine.counters
-    counters[f"tma.{kind}s"] += 1
-    counters[f"tma.{kind}_bytes"] += box.nbytes
+    counters[f"tma.{kind}s"] += len(issue.lanes)
+    counters[f"tma.{kind}_bytes"] += box.nbytes * len(issue.lanes)
     if issue.machine.trace is not None:
         size = " x ".join(map(str, box.counts[::-1]))
         text = f"{kind} of {size} {box.map.element} at {coordinates}"
+        text += f", by {len(issue.lanes)} lanes" if len(issue.lanes) > 1 else ""
         issue.trace(end, text, bytes=box.nbytes, map=box.map, at=coordinates, shared=offset)
