@@ -59,6 +59,35 @@ def supports(what: str) -> Status:
     raise ValueError(f"what is {what!r}, but must be one of {known}")
 
 
+def kernels_unavailable(backend: str, device: torch.device) -> str | None:
+    """Why the kernels of a backend cannot run on tensors of a device; None if they can.
+
+    Args:
+        backend: "hopper" or "blackwell".
+        device: a GPU, or the CPU, where an emulated GPU must be in use.
+    """
+    if device.type == "cuda":
+        status = supports(backend)
+        return None if status else status.reason
+    if device.type != "cpu":
+        return f"kernels run on GPUs and emulated ones, not on {device.type}"
+    if not _written(backend):
+        return f"the {backend} kernels are not written yet"
+    # Whoever emulates a GPU has imported the emulator.
+    emulator = sys.modules.get("dsv4lab.emulator")
+    emulated = emulator.current_device() if emulator else None
+    names = [name for name, known in ARCHITECTURES.items() if known == backend]
+    if emulated is None:
+        return f"on the CPU it runs only inside `with dsv4lab.emulator.device({names[0]!r})`"
+    if emulated.arch.name not in names:
+        return f"the emulated GPU is {emulated.arch.name}, the kernels need {' or '.join(names)}"
+    return None
+
+
+def _written(backend: str) -> bool:
+    return (KERNELS / f"{backend}.py").exists()
+
+
 def _cuda() -> Status:
     if torch.version.cuda is None:
         return Status(False, f"torch {torch.__version__} is built without CUDA")
@@ -80,9 +109,8 @@ def _capability(wanted: tuple[tuple[int, int], ...]) -> Status:
 
 
 def _kernel_backend(name: str) -> Status:
-    suffix = {"hopper": "sm90a", "blackwell": "sm100a"}[name]
     missing = []
-    if not any(KERNELS.glob(f"*{suffix}*.py")):
+    if not _written(name):
         missing.append(f"the {name} kernels are not written yet")
     if cutlass_dsl_version() is None:
         missing.append("nvidia-cutlass-dsl is not installed")

@@ -8,23 +8,37 @@ namespace `dsv4lab`: NAME, which returns new tensors, and NAME_out, which fills 
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from dsv4lab.device import kernels_unavailable
+
 LIBRARY = torch.library.Library("dsv4lab", "DEF")
-_NOT_BUILT = "this version has no kernels for it"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run operations; `unavailable(device)` says why it cannot run there, or returns None."""
+    """A way to run operations.
+
+    Args:
+        name: as callers ask for it.
+        unavailable: of a device; says why it cannot run there, or returns None.
+        module: imported when it is first to run; registers its implementations.
+        asked_on_cpu: for CPU tensors, run only when it is named.
+    """
 
     name: str
     unavailable: Callable[[torch.device], str | None]
+    module: str | None = None
+    asked_on_cpu: bool = False
 
 
 @dataclass
@@ -57,10 +71,10 @@ class Op:
 
 # Preference order: the first backend that can run an operation on a device is that device's default.
 BACKENDS: dict[str, Backend] = {
-    "blackwell": Backend("blackwell", lambda device: _NOT_BUILT),
-    "hopper": Backend("hopper", lambda device: _NOT_BUILT),
-    "reference": Backend("reference", lambda device: None),
-}
+    name: Backend(name, partial(kernels_unavailable, name), f"dsv4lab.kernels.{name}", asked_on_cpu=True)
+    for name in ("blackwell", "hopper")
+} | {"reference": Backend("reference", lambda device: None)}
+_named: ContextVar[str | None] = ContextVar("dsv4lab_backend", default=None)
 OPS: dict[str, Op] = {}
 
 
@@ -70,24 +84,53 @@ def register_backend(name: str, unavailable: Callable[[torch.device], str | None
     BACKENDS["reference"] = BACKENDS.pop("reference")  # stays the last choice
 
 
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operations that name no backend on this one, for the length of a `with` block.
+
+    Raises:
+        ValueError: nobody knows the backend; that it cannot run an operation is said when that is called.
+    """
+    _check_known(name)
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
 def unavailable_reason(name: str, device: torch.device | str, op: str) -> str | None:
     """Why a backend cannot run an operation on a device, in words; None when it can."""
-    reason = BACKENDS[name].unavailable(torch.device(device))
+    backend = BACKENDS[name]
+    reason = backend.unavailable(torch.device(device))
+    if reason is None and backend.module:
+        importlib.import_module(backend.module)
     if reason is None and name not in OPS[op].implementations:
         reason = f"it has no implementation of {op}"
     return reason
 
 
+def _check_known(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; known are {', '.join(sorted(BACKENDS))}")
+
+
+def _default(backend: Backend, device: torch.device, op: str) -> bool:
+    if backend.asked_on_cpu and device.type == "cpu":
+        return False
+    return unavailable_reason(backend.name, device, op) is None
+
+
 def resolve_backend(name: str | None, device: torch.device | str, op: str) -> str:
-    """The backend that will run an operation: the named one, or the device's default when name is None.
+    """The backend that will run an operation: the named one, that of `use_backend`, or the device's default.
 
     Raises:
         ValueError: the named backend is unknown or cannot run this operation here. A name never falls back.
     """
+    name = name or _named.get()
     if name is None:
-        return next(b for b in BACKENDS if unavailable_reason(b, device, op) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; known are {', '.join(sorted(BACKENDS))}")
+        return next(b.name for b in BACKENDS.values() if _default(b, torch.device(device), op))
+    _check_known(name)
     if reason := unavailable_reason(name, device, op):
         raise ValueError(f"backend {name!r} cannot run {op} on {torch.device(device)}: {reason}")
     return name

@@ -54,7 +54,7 @@ def test_the_architecture_decides(monkeypatch, found, what, available):
 
 
 def test_a_written_kernel_leaves_the_gpu_as_the_reason(monkeypatch, tmp_path):
-    (tmp_path / "gemm_sm90a.py").touch()
+    (tmp_path / "hopper.py").touch()
     monkeypatch.setattr(device, "KERNELS", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert device.supports("hopper").reason == f"torch {torch.__version__} is built without CUDA"

@@ -121,3 +121,17 @@ def test_first_rows():
     for shape in ((5, 3), (2, 2), (4,)):
         with pytest.raises(ValueError, match="out must have shape"):
             first_rows(out, shape)
+
+
+def test_a_backend_can_be_named_for_a_block():
+    x = torch.zeros(2, 16)
+    with pytest.raises(ValueError, match="'ampere' is unknown"), ops.use_backend("ampere"):
+        pass
+    with ops.use_backend("blackwell"), pytest.raises(ValueError, match="'blackwell' cannot run"):
+        ops.resolve_backend(None, x.device, "quantize")
+    with ops.use_backend("reference"):
+        assert ops.resolve_backend(None, "cpu", "quantize") == "reference"
+        # What a call names counts for more.
+        with pytest.raises(ValueError, match="'hopper' cannot run"):
+            ops.resolve_backend("hopper", "cpu", "quantize")
+    assert ops.resolve_backend(None, "cpu", "quantize") == "reference"
