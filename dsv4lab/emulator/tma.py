@@ -211,8 +211,7 @@ def store(box: Box, memory: GlobalMemory, coordinates: Sequence[int], tile: np.n
         return 0
     if box.map.element == "b6x16_p32":
         tile = _packed(tile)
-    window.write(memory, tile.reshape(*box.counts[:0:-1], box.row_bytes)[window.place])
-    return int(np.prod(window.shape))
+    return _put(box, memory, window, tile.reshape(*box.counts[:0:-1], box.row_bytes)[window.place])
 
 
 def reduce(
@@ -223,8 +222,20 @@ def reduce(
     if window is None:
         return 0
     values = tile.reshape(*box.counts[:0:-1], box.row_bytes)[window.place]
-    window.write(memory, reductions.combine(operation, box.map.element, window.read(memory), values))
-    return int(np.prod(window.shape))
+    values = reductions.combine(operation, box.map.element, window.read(memory), values)
+    return _put(box, memory, window, values)
+
+
+def _put(box: Box, memory: GlobalMemory, window: _Window, values: np.ndarray) -> int:
+    try:
+        window.write(memory, values)
+    except AddressError as error:
+        width = box.map.shape[0] * box.map.bits // 8
+        if width % GRANULE == 0:
+            raise
+        whole = f"a TMA store writes whole {GRANULE} bytes, and rows of {width} bytes end within"
+        raise AddressError(f"{error}: {whole}") from None
+    return values.size
 
 
 def _fill(box: Box) -> np.ndarray:

@@ -332,6 +332,23 @@ def test_a_prefetch_does_nothing(kernel):
     kernel(body, np.zeros((16, 8), np.uint32), **MATRIX)
 
 
+# Compiled kernels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_a_kernel_of_cute_dsl(kernels, arch, seed):
+    from cutlass.cute.runtime import from_dlpack
+
+    with device(arch, seed=seed) as gpu:
+        source = gpu.from_torch(torch.arange(256 * 96, dtype=torch.float32).reshape(256, 96))
+        target = gpu.empty((64, 32))
+        kernels.fetch_tile(from_dlpack(source, assumed_align=128), from_dlpack(target))
+        counters = gpu.counters
+    torch.testing.assert_close(target, source[:64, :32], rtol=0, atol=0)
+    assert (counters["tma.loads"], counters["tma.load_bytes"]) == (1, 64 * 32 * 4)
+
+
 # What is refused -------------------------------------------------------------------------------------------
 
 BOX = LOAD.format(n=2)

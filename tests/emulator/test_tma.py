@@ -359,6 +359,10 @@ def test_a_store_writes_16_bytes_of_which_a_row_has_9():
     np.testing.assert_array_equal(tensor.bytes.reshape(3, 32)[:, :16], tile[:, :16])
     np.testing.assert_array_equal(tensor.bytes.reshape(3, 32)[:, 16:], before[:, 16:])
     assert not tma.load(box, tensor.memory, (0, 0))[:, 9:].any()
+    short = Tensor(2 * 32 + 9)
+    box = box_of(address=short.address, element="u8", shape=(9, 3), strides=(32,), box=(32, 3))
+    with pytest.raises(AddressError, match="writes whole 16 bytes, and rows of 9 bytes end within"):
+        tma.store(box, short.memory, (0, 0), tile)
 
 
 # Gather and scatter ----------------------------------------------------------------------------------------
