@@ -6,11 +6,13 @@ plainly, before it wires anything; the tests draw at the extremes of each contro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets
 from IPython.display import display
+
+from dsv4lab import plots
 
 
 class Explorer(ipywidgets.VBox):
@@ -108,3 +110,40 @@ def menu(description: str, options: list, value: Any = None) -> ipywidgets.Dropd
         style=_WIDE,
         layout=_layout(),
     )
+
+
+def follow(trace: Any, sums: Sequence[Any] = (), *, cta: int = 0, height: int = 560) -> Explorer:
+    """Steps along a trace of the emulator: each event in the timeline, with the PTX line that issued it.
+
+    Args:
+        trace: of a launch, see `dsv4lab.emulator.Device.trace`.
+        sums: (M, N) values after each MMA of the CTA, to show beside; the number of MMAs that have ended when
+            an event ends says which. None are shown if there are none.
+        cta: whose events.
+        height: of the output in pixels.
+
+    Raises:
+        ValueError: the CTA has no events.
+    """
+    events = plots.trace_steps(trace, cta)
+    if not events:
+        raise ValueError(f"the trace must have events of CTA {cta}, got none")
+
+    limit = max((float(abs(tile).max()) for tile in sums), default=None)
+
+    def draw(step: int) -> plots.Picture:
+        done = sum(e.kind == "mma" and e.end <= events[step].end for e in events)
+        tile = None if not len(sums) else sums[done - 1] if done else 0 * sums[0]
+        return plots.trace_step(trace, step, cta=cta, tile=tile, limit=limit)
+
+    first = next((i for i, event in enumerate(events) if event.kind == "mma"), 0)
+    step = ipywidgets.IntSlider(
+        value=first,
+        min=0,
+        max=len(events) - 1,
+        description="step",
+        continuous_update=False,
+        style=_WIDE,
+        layout=_layout(),
+    )
+    return explore(draw, height=height, step=step)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from dsv4lab import plots, widgets
@@ -77,3 +80,45 @@ def test_bad_arguments():
         widgets.explore(table)
     with pytest.raises(ValueError, match="height must be a positive number of pixels, got 0"):
         widgets.explore(table, height=0, n=widgets.choice("n", [1]))
+
+
+def event(kind, start, end, line, cta=0):
+    return SimpleNamespace(kind=kind, cta=cta, warp=0, start=start, end=end, line=line, text=kind)
+
+
+class Trace(list):
+    launch = SimpleNamespace(module=SimpleNamespace(ptx="\n".join(f"line {i};" for i in range(1, 31))))
+
+
+TRACE = Trace(
+    [event("tma", 0, 9, 3), event("mma", 9, 20, 5), event("mma", 20, 30, 6), event("mma", 0, 5, 9, 1)]
+)
+
+
+def test_following_a_trace_goes_through_its_events_in_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        plots, "trace_step", lambda trace, step, **more: seen.append((step, more)) or table(step)
+    )
+    sums = [np.full((2, 2), 1.0), np.full((2, 2), -3.0)]
+    explorer = widgets.follow(TRACE, sums)
+    step = explorer.controls["step"]
+    assert (step.value, step.min, step.max) == (1, 0, 2), "begins with the first MMA of CTA 0"
+    step.value = 0
+    step.value = 2
+    assert [s for s, _ in seen] == [1, 0, 2]
+    assert [more["tile"].flat[0] for _, more in seen] == [1, 0, -3], "sums after the MMAs that have ended"
+    assert {more["limit"] for _, more in seen} == {3.0}, "one colour scale for all steps"
+
+
+@pytest.mark.parametrize("sums", [(), [np.eye(2), np.zeros((2, 2))]])
+def test_following_draws_at_both_ends(sums):
+    explorer = widgets.follow(TRACE, sums)
+    for step in (explorer.controls["step"].min, explorer.controls["step"].max):
+        assert explorer.draw(step).png.startswith(b"\x89PNG")
+    assert "image/png" in explorer._repr_mimebundle_()
+
+
+def test_following_needs_events():
+    with pytest.raises(ValueError, match="must have events of CTA 7"):
+        widgets.follow(TRACE, cta=7)

@@ -1,5 +1,6 @@
 """Figures and tables for the notebooks: pure functions of their arguments that return something to show."""
 
+from dsv4lab.plots.blackwell import matrices, shared_lines, tensor_memory, tma_boxes
 from dsv4lab.plots.decode import Texts, agreement_by_margin, bars, code_use, logits, sqnr_by_layer
 from dsv4lab.plots.quantization import (
     block,
@@ -31,15 +32,19 @@ __all__ = [
     "conventions",
     "edited_block",
     "logits",
+    "matrices",
     "number_lines",
     "policies",
     "round_trip",
     "saturation",
+    "shared_lines",
     "sqnr_against_scale",
     "sqnr_by_layer",
     "sqnr_db",
     "staircase",
+    "tensor_memory",
     "timeline",
+    "tma_boxes",
     "trace_step",
     "trace_steps",
     "weight_bytes",

@@ -148,7 +148,8 @@ def bars(
     names = list(values)[::-1]
     axes.barh(names, [values[n] for n in names], color=BLUE, height=0.65)
     for i, n in enumerate(names):
-        axes.annotate(f"{values[n]:.3g}", (values[n], i), (4, 0), textcoords="offset points", va="center")
+        text = f"{values[n]:,.0f}" if abs(values[n]) >= 1000 else f"{values[n]:.3g}"
+        axes.annotate(text, (values[n], i), (4, 0), textcoords="offset points", va="center")
     if reference:
         axes.axvline(reference[1], color=RED, linestyle="--", label=reference[0])
         axes.legend(loc="lower right")

@@ -78,14 +78,17 @@ def timeline(trace: Iterable[Any], *, ctas: Sequence[int] = (0,), highlight: Any
 
 
 @styled
-def trace_step(trace: Any, step: int, *, cta: int = 0, tile: Any = None, lines: int = 9) -> Picture:
+def trace_step(
+    trace: Any, step: int, *, cta: int = 0, tile: Any = None, limit: float | None = None, lines: int = 9
+) -> Picture:
     """Draws one event of a CTA: its place in the timeline, the PTX around it, and a matrix if there is one.
 
     Args:
         trace: events, with `launch.module.ptx`.
         step: number of the event, by start.
         cta: whose events.
-        tile: (M, N) values to show beside the timeline, such as the sums at that time.
+        tile: (M, N) sums to show beside the timeline.
+        limit: value at the end of the sums' colours, by default their largest.
         lines: of PTX.
     """
     events = trace_steps(trace, cta)
@@ -99,7 +102,7 @@ def trace_step(trace: Any, step: int, *, cta: int = 0, tile: Any = None, lines: 
         axes = above.subplots()
     else:
         axes, beside = above.subplots(1, 2, width_ratios=(3, 1))
-        _tile(beside, tile)
+        _tile(beside, tile, limit)
     _draw(axes, rows, event)
     axes.set_xlabel("model time (cycles)")
     _listing(below.add_axes((0, 0, 1, 1)), trace.launch.module.ptx, event.line, lines)
@@ -201,8 +204,8 @@ def _name(event: Any) -> str:
     return KINDS.get(event.kind, (event.kind,))[0]
 
 
-def _tile(axes: Axes, tile: Any) -> None:
-    limit = max(float(abs(tile).max()), 1e-30)
+def _tile(axes: Axes, tile: Any, limit: float | None) -> None:
+    limit = limit or max(float(abs(tile).max()), 1e-30)
     axes.imshow(tile, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_title("sums", fontsize=10)
     axes.set(xlabel="column", ylabel="row")
