@@ -43,6 +43,7 @@ CAUGHT = [
     ("sm_90a", "hopper_pipeline", RING | {"mutation": "arrive"}, DeadlockError, "no warp can go on"),
     ("sm_100a", "tcgen05_gemm", TCGEN05 | {"mutation": "arrive"}, DeadlockError, "no warp can go on"),
     ("sm_100a", "tcgen05_gemm", TCGEN05 | {"mutation": "bytes"}, DeadlockError, "no warp can go on"),
+    ("sm_90a", "warps", {"forget": True}, DeadlockError, "no warp can go on"),
     # More bytes come than were announced.
     ("sm_90a", "transpose", TRANSPOSE | {"mutation": "few bytes"}, EmulatorError, "bytes"),
     # Scales that nobody has brought to tensor memory; tensor memory that nobody gives back.

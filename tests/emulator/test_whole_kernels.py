@@ -37,6 +37,11 @@ def test_affine(arch, source, target, count, run):
 
 
 @BOTH
+def test_affine_of_32_bytes(arch, run):
+    run(arch, "elementwise", source=F32, target=F32, count=1000, nbytes=32)
+
+
+@BOTH
 @pytest.mark.parametrize(("dtype", "passed"), [(F16, "tensor"), (F32, "dynamic"), (BF16, "dynamic")])
 def test_add_with_strides(arch, dtype, passed, run):
     run(arch, "elementwise", "add_case", dtype=dtype, rows=37, columns=51, passed=passed)
@@ -111,8 +116,9 @@ def test_pipelined_copy(arch, count, blocks, run):
 
 
 @BOTH
-def test_several_launches_in_one_call(arch, run):
-    gpu = run(arch, "launches", "chain_case", count=300, rounds=3)
+@pytest.mark.parametrize("early", [False, True])
+def test_several_launches_in_one_call(arch, early, run):
+    gpu = run(arch, "launches", "chain_case", count=300, rounds=3, early=early)
     assert len(gpu.launches) == 6
 
 
@@ -138,6 +144,57 @@ def test_printing(arch, gpu_kernels, run, capfd):
 )  # fmt: skip
 def test_transpose_through_tma(arch, dtype, rows, columns, batches, bits, run):
     run(arch, "transpose", dtype=dtype, rows=rows, columns=columns, batches=batches, bits=bits)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((100,), (64,)),
+        ((20, 7), (8, 4)),
+        ((20, 7, 3), (8, 4, 2)),
+        ((12, 5, 3, 3), (4, 4, 2, 2)),
+        ((12, 5, 3, 3, 2), (4, 4, 2, 2, 2)),
+    ],
+)
+def test_boxes_of_every_rank(arch, shape, box, run):
+    run(arch, "boxes", dtype=F32, shape=shape, box=box)
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "kind"), [(I32, "add"), (I32, "min"), (I32, "max"), (BF16, "add")])
+def test_boxes_reduced_into_global_memory(arch, dtype, kind, run):
+    run(arch, "boxes", dtype=dtype, shape=(24, 7), box=(8, 4), kind=kind)
+
+
+@BOTH
+def test_bulk_copies(arch, run):
+    run(arch, "bulk_copies", pairs=3)
+
+
+@BOTH
+def test_named_barriers(arch, run):
+    run(arch, "warps")
+
+
+@BOTH
+def test_arrays_in_local_memory(arch, run):
+    run(arch, "warps", "sort_case", threads=40, count=9)
+
+
+@BOTH
+def test_integer_functions(arch, run):
+    run(arch, "warps", "functions_case")
+
+
+TMEM = ("32x32b", "16x64b", "16x128b", "16x256b")
+
+
+@pytest.mark.parametrize(
+    ("store", "load"), [*zip(TMEM, TMEM[1:] + TMEM[:1], strict=True), (TMEM[3], TMEM[1])]
+)
+def test_tensor_memory_written_and_read(store, load, run):
+    run("sm_100a", "tensor_memory", store=store, load=load)
 
 
 @BOTH

@@ -16,8 +16,8 @@ UGLY = (200, 104, 136)
 def run(gpu_kernels):
     """A function that runs a case of a module and checks every buffer; it returns the device."""
 
-    def run(arch, module, *, seed=0, mma="exact", **parameters):
-        case = gpu_kernels(module).case(**parameters)
+    def run(arch, module, name="case", *, seed=0, mma="exact", **parameters):
+        case = getattr(gpu_kernels(module), name)(**parameters)
         with device(arch, seed=seed, mma=mma) as gpu:
             placed = case.run(gpu.from_torch)
         case.check(placed)
@@ -122,6 +122,11 @@ def test_tcgen05(dtype, target, exact, tile, majors, run):
 def test_tcgen05_in_clusters(dtype, tile, cluster, two, run):
     options = {"dtype": dtype, "target": F32, "shape": (300, 200, 208), "exact": True}
     run("sm_100a", "tcgen05_gemm", **options, tile=tile, cluster=cluster, two=two)
+
+
+@pytest.mark.parametrize(("dtype", "columns", "exact"), [(BF16, 32, True), (F16, 64, False)])
+def test_tcgen05_with_a_from_tensor_memory(dtype, columns, exact, run):
+    run("sm_100a", "tensor_memory", "gemm_case", dtype=dtype, columns=columns, exact=exact)
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,16 @@ def affine(
     )
 
 
-def case(source: torch.dtype, target: torch.dtype, count: int) -> Case:
-    """x (count,) -> y (count,); the scale, 0.75, and the shift, 1.5, have few bits."""
+def case(source: torch.dtype, target: torch.dtype, count: int, nbytes: int = 16) -> Case:
+    """x (count,) -> y (count,), `nbytes` a vector; the scale, 0.75, and the shift, 1.5, have few bits."""
     # At most 16 bits each, so that product and sum are exact whether they are fused or not.
     x = (normal((count,)) * 2**11).round() / 2**6
     x = x.to(source)
     expected = (x.double() * 0.75 + 1.5).float()
-    width = 16 // max(source.itemsize, target.itemsize)
+    width = nbytes // max(source.itemsize, target.itemsize)
     numbers = cutlass.Int32(count), cutlass.Float32(0.75), cutlass.Float32(1.5)
-    return Case(affine, (Buffer(x), output(expected.to(target)), *numbers), {"width": width})
+    arguments = Buffer(x, align=nbytes), output(expected.to(target), align=nbytes), *numbers
+    return Case(affine, arguments, {"width": width})
 
 
 @cute.kernel

@@ -12,43 +12,56 @@ THREADS = 64
 
 
 @cute.kernel
-def _double(x: cute.Tensor, y: cute.Tensor):
+def _double(x: cute.Tensor, y: cute.Tensor, early: cutlass.Constexpr):
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     i = block * THREADS + thread
+    if cutlass.const_expr(early):
+        # Begun before the launch ahead has ended, whose results are there after this.
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
     if i < cute.size(x):
         y[i] = 2 * x[i]
 
 
 @cute.kernel
-def _differences(x: cute.Tensor, y: cute.Tensor):
+def _differences(x: cute.Tensor, y: cute.Tensor, early: cutlass.Constexpr):
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     i = block * THREADS + thread
     n = cute.size(x)
+    if cutlass.const_expr(early):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
     if i < n:
         y[i] = x[(i + 1) % n] - x[i]
 
 
 @cute.jit
-def chain(x: cute.Tensor, between: cute.Tensor, y: cute.Tensor, rounds: cutlass.Int32):
-    """Differences of 2 x, `rounds` times over: 2 * rounds launches, each reading what the last one wrote."""
-    grid = (cute.ceil_div(cute.size(x), THREADS), 1, 1)
-    _double(x, between).launch(grid=grid, block=(THREADS, 1, 1))
-    _differences(between, y).launch(grid=grid, block=(THREADS, 1, 1))
+def chain(
+    x: cute.Tensor, between: cute.Tensor, y: cute.Tensor, rounds: cutlass.Int32, early: cutlass.Constexpr
+):  # fmt: skip
+    """Differences of 2 x, `rounds` times over: 2 * rounds launches, each reading what the last one wrote.
+
+    early: each launch may begin before the one ahead has ended.
+    """
+    how = {"grid": (cute.ceil_div(cute.size(x), THREADS), 1, 1), "block": (THREADS, 1, 1), "use_pdl": early}
+    _double(x, between, early).launch(**how)
+    _differences(between, y, early).launch(**how)
     for _ in range(1, rounds):
-        _double(y, between).launch(grid=grid, block=(THREADS, 1, 1))
-        _differences(between, y).launch(grid=grid, block=(THREADS, 1, 1))
+        _double(y, between, early).launch(**how)
+        _differences(between, y, early).launch(**how)
 
 
-def chain_case(count: int, rounds: int) -> Case:
+def chain_case(count: int, rounds: int, early: bool = False) -> Case:
     x = integers((count,), -50, 50, torch.int32)
     y = x
     for _ in range(rounds):
         between = 2 * y
         y = between.roll(-1) - between
     how = {"passed": "dynamic", "align": 4}
-    return Case(chain, (Buffer(x, **how), output(between, **how), output(y, **how), cutlass.Int32(rounds)))
+    arguments = Buffer(x, **how), output(between, **how), output(y, **how), cutlass.Int32(rounds)
+    return Case(chain, arguments, {"early": early})
 
 
 @cute.kernel
