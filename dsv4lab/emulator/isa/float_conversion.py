@@ -101,8 +101,9 @@ def _narrowing(dtype: str, atype: str, rounding: str | None) -> Function | None:
 
 
 def _nearest_tf32(x: np.ndarray) -> np.ndarray:
-    """cvt.rna.tf32.f32, for which a GPU adds integers; it does not tell NaN apart."""
-    return (x.view(U32) + _TF32_HALF) & _TF32_BITS
+    """cvt.rna.tf32.f32: half a unit is added to the bits; a NaN keeps its own, as on an H200."""
+    half = np.where(x != x, U32(0), U32(_TF32_HALF))
+    return (x.view(U32) + half) & _TF32_BITS
 
 
 def _nan_of_double(r: np.ndarray, x: np.ndarray) -> np.ndarray:
