@@ -14,7 +14,7 @@ how far apart atoms are. PTX ISA, "Strides" and "Canonical layouts", defines whi
 The swizzle then flips bits of the address in the shared window (see `swizzle`), so that a start address in
 the middle of an atom, as kernels make it to go along K, needs nothing special. A base offset says that the
 swizzle's pattern begins that many lines of 128 bytes after a multiple of its period; it is taken off the
-address before the bits to flip are looked up, which follows from its definition, although nothing says so.
+address before the bits to flip are looked up, which follows from its definition and is what an H200 does.
 """
 
 from __future__ import annotations

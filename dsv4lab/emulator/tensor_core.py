@@ -15,8 +15,12 @@ Mode "exact" sums in float64 and rounds once to the accumulator's type. Mode "ha
 - The sum is rounded toward zero to fp32, of Hopper's wgmma with FP8 to 13 bits of mantissa; to nearest even
   for fp16 accumulators. An overflow gives infinity, NaN is 0x7FFFFFFF or 0x7FFF.
 
-Assumed, because nothing is published: operands of 4 and 6 bits in kind f8f6f4 behave as FP8 does, each with
-the smallest exponent of its own type; a sum of zero is +0; sm_103a computes as sm_100a does.
+- mma.sync with FP8 is no such instruction on Hopper, as an H200 shows: the operands become fp16, those with k
+  modulo 4 below 2 are summed first, from zero, then the others, and at last C is added as `add` would.
+
+An H200 gives these bits for every type of mma.sync and wgmma. Assumed, because nothing is published: operands
+of 4 and 6 bits in kind f8f6f4 behave as FP8 does, each with the smallest exponent of its own type; mma.sync
+with FP8 is on Blackwell as published; sm_103a computes as sm_100a does.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ def dot(
         a: (..., M, K) float32 or float64, the values of the operand; of tf32 the low 13 bits are ignored.
         b: (..., N, K), likewise.
         c: (..., M, N) float32 or float16; None for zeros.
-        kind: of KINDS: "f16" (bf16 too), "tf32", "f8f6f4" (and FP8 in mma.sync), "wgmma_fp8", "mxf8f6f4", ...
+        kind: of KINDS: "f16" (bf16 too), "tf32", "f8f6f4", "mxf8f6f4", "mxf4", "mxf4nvf4"; "wgmma_fp8", or
+            "mma_fp8_sm90" for mma.sync with FP8 on Hopper.
         types: of the elements of a and b, names of small_floats.FORMATS.
         mode: "exact" or "hardware".
         scales_a: (..., M, K / block) values of the block scales, NaN included, of the kinds that have them.
@@ -98,6 +103,8 @@ def dot(
             return _canonical(total.astype(np.float16 if accumulator == "f16" else np.float32))
         if mode != "hardware":
             raise ValueError(f'the tensor core computes "exact" or "hardware", not {mode!r}')
+        if kind == "mma_fp8_sm90":
+            return _converted(a, b, c, accumulator)
         exponents = (
             _term_exponents(a, types[0], scales_a, scale_type, KINDS[kind].group),
             _term_exponents(b, types[1], scales_b, scale_type, KINDS[kind].group),
@@ -148,6 +155,17 @@ def _term_exponents(values, type_: str, scales, scale_type: str, group: int) -> 
     if group > 1:
         return of_scales[..., ::group]
     return _exponents(values, _smallest(type_)) + of_scales
+
+
+def _converted(a: np.ndarray, b: np.ndarray, c: np.ndarray, accumulator: str) -> np.ndarray:
+    """FP8 as fp16, in two halves of K, and C added to their sum."""
+    first, total = np.arange(a.shape[-1]) % 4 < 2, None
+    for half in (first, ~first):
+        total = dot(
+            a[..., half], b[..., half], total, kind="f16", types=("f16", "f16"), mode="hardware",
+            accumulator=accumulator,
+        )  # fmt: skip
+    return _canonical(total + c.astype(total.dtype))
 
 
 def _hardware(a, b, c, exponents, kind: Kind, accumulator: str) -> np.ndarray:

@@ -140,7 +140,7 @@ def random(rng, name, shape, wide):
     return (rng.standard_normal(shape) * 2.0 ** rng.integers(-5, 5, shape)).astype(DTYPES[name])
 
 
-def execute(ptx_kernel, form, wide, mma, warps=2, seed=0, extra=""):
+def execute(ptx_kernel, form, wide, mma, warps=2, seed=0, extra="", arch="sm_100a"):
     """Random operands, what the kernel gives for them, and the device."""
     shape, d, a, b = form
     m, k = map(int, shape[1:].split("n8k"))
@@ -153,7 +153,7 @@ def execute(ptx_kernel, form, wide, mma, warps=2, seed=0, extra=""):
     place = np.concatenate([_accumulator_places(m) + 8 * m * w for w in range(warps)])
     words.append(matrices[2].reshape(-1)[place].view(np.uint32))
     ins = f"mma.sync.aligned.{shape}.row.col{extra}.{d}.{a}.{b}.{d}"
-    out, gpu = run(ptx_kernel, ins, *words, warps=warps, mma=mma)
+    out, gpu = run(ptx_kernel, ins, *words, warps=warps, mma=mma, arch=arch)
     result = np.zeros(matrices[2].size, DTYPES[d])
     result[place] = out.view(DTYPES[d])
     return matrices, result.reshape(matrices[2].shape), gpu
@@ -191,6 +191,18 @@ def test_floats_are_the_tensor_cores(ptx_kernel, form, mma):
     other = dot(a, b, c, mode="exact" if mma == "hardware" else "hardware", **options)
     if form[1] == "f32":
         assert (other != expected).any()
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f[2] in ("e4m3", "e5m2")], ids="-".join)
+def test_fp8_on_hopper(ptx_kernel, form):
+    """It is no instruction there, and has other bits."""
+    (a, b, c), d, _ = execute(ptx_kernel, form, True, "hardware", seed=1, arch="sm_90a")
+    options = {"types": form[2:], "mode": "hardware", "accumulator": form[1]}
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    np.testing.assert_array_equal(d, dot(a, b, c, kind="mma_fp8_sm90", **options))
+    assert (d != dot(a, b, c, kind="f8f6f4", **options)).any()
+    exact = execute(ptx_kernel, form, True, "exact", seed=1, arch="sm_90a")[1]
+    np.testing.assert_array_equal(exact, execute(ptx_kernel, form, True, "exact", seed=1)[1])
 
 
 def test_saturation(ptx_kernel):

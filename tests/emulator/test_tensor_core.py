@@ -195,6 +195,21 @@ def test_a_nan_scale_spoils_its_row(mode, kind):
     assert (d.view(np.uint32) == [[0] * 3, [0x7FFFFFFF] * 3]).all()
 
 
+def test_fp8_of_mma_sync_on_hopper():
+    """Two halves of K one after the other, then C, rounded to nearest; one NaN."""
+    a, b = np.zeros((1, 32), np.float32), np.ones((1, 32), np.float32)
+    a[0, :3] = 128, 2.0**-9, -128
+    options = {"kind": "mma_fp8_sm90", "types": ("e4m3", "e4m3"), "mode": "hardware"}
+    b[0, 1] = 2.0**-9
+    # 128 + 2**-18 is cut to 128 in the first half; in one sum with -128 it would be kept.
+    assert dot(a, b, np.zeros((1, 1), np.float32), **options)[0, 0] == 0
+    assert dot(a, b, None, kind="f8f6f4", types=("e4m3", "e4m3"), mode="hardware")[0, 0] == 2.0**-18
+    # C is added as any float: 2**24 + 1.5 is 2**24 + 2, toward zero it would be 2**24.
+    a[0, :3], b[0, :3] = (1.5, 0, 0), 1
+    assert dot(a, b, np.full((1, 1), 2.0**24, np.float32), **options)[0, 0] == 2.0**24 + 2
+    assert dot(a, b, np.full((1, 1), np.nan, np.float32), **options).view(np.uint32)[0, 0] == 0x7FFFFFFF
+
+
 def test_overflow_and_underflow():
     """Beyond fp32 infinity, just below it the largest number; subnormals are kept."""
     one = np.ones((1, 16), np.float32)

@@ -82,16 +82,18 @@ def mma(ins: Instruction) -> Wait:
         right = rows_of(registers[len(a) : -len(c)], form.b, 1)
         total = accumulator_of(registers[-len(c) :], _DTYPES[form.accumulator], tall)
         _count(batch, mask, form)
-        return registers_of(_multiply(left, right, total, form, batch.machine.mma_mode), tall)
+        machine = batch.machine
+        product = _multiply(left, right, total, form, machine.mma_mode, machine.arch.name)
+        return registers_of(product, tall)
 
     return warp_wide(ins, core, (*a, *b, *c), d)
 
 
-def _multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, form: Form, mode: str) -> np.ndarray:
+def _multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray, form: Form, mode: str, arch: str) -> np.ndarray:
     if form.kind == "i8":
         return dot_integer(a, b, c, saturate=form.saturate)
-    types = (form.a, form.b)
-    return dot(a, b, c, kind=form.kind, types=types, mode=mode, accumulator=form.accumulator)
+    kind = "mma_fp8_sm90" if form.kind == "f8f6f4" and arch == "sm_90a" else form.kind
+    return dot(a, b, c, kind=kind, types=(form.a, form.b), mode=mode, accumulator=form.accumulator)
 
 
 def _count(batch: Batch, mask: np.ndarray, form: Form) -> None:
