@@ -15,6 +15,7 @@ from dsv4lab.emulator.happens_before import RaceError
 from dsv4lab.emulator.named_barriers import ALL, NamedBarriers
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
+MEET = "barrier.cluster.arrive; barrier.cluster.wait;"
 ENDED = pytest.mark.xfail(reason="the machine does not say which lanes had ended before the first barrier")
 
 
@@ -170,6 +171,24 @@ def test_lanes_that_have_ended_or_never_were_are_not_waited_for(run, seed):
     for barrier in ("bar.sync 0;", "barrier.sync 0, 64;"):
         found = run(early + f"{barrier} mov.u32 %r100, 1;", 50, seed=seed)
         assert found == [1] * 41 + [-1] * 9
+
+
+@ENDED
+@SEEDS
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", "barrier.sync 0;", "bar.arrive 0, 64;", MEET])
+def test_lanes_that_end_while_others_wait_for_them(run, barrier, seed):
+    body = f"""
+ setp.gt.u32 %p1, %r1, 40; @%p1 bra LATE;
+ {barrier}
+ mov.u32 %r100, 1;
+ bra OUT;
+LATE:
+ activemask.b32 %r20;
+ {"bar.warp.sync %r20;" * 20}
+ ret;
+OUT:
+"""
+    assert run(body, 64, seed=seed) == [1] * 41 + [-1] * 23
 
 
 @SEEDS
@@ -365,7 +384,6 @@ LOOP:
  {second}
  add.u32 %r24, %r24, 1; setp.lt.u32 %p1, %r24, 5; @%p1 bra LOOP;
 """
-MEET = "barrier.cluster.arrive; barrier.cluster.wait;"
 CLUSTER_SUMS = [10000 + 5 * ((i - 64) % 256) for i in range(256)]
 
 
@@ -434,6 +452,8 @@ def test_misuse_of_the_cluster_barrier(run):
     with fails(BarrierError, r"phase 0, \d+ of 128", "waited for without an arrival") as caught:
         run("setp.ne.u32 %p1, %r1, 70; @%p1 bra A; barrier.cluster.wait; A:" + MEET, 128)
     assert (caught.value.warp, caught.value.lane) == (2, 6)
+    with fails(BarrierError, "phase 1", "waited for without an arrival"):
+        run(MEET + "barrier.cluster.wait;", 64, ctas=2)
     with fails(BarrierError, "is arrived at a second time in one phase"):
         run("setp.eq.u32 %p1, %r6, 0; @%p1 barrier.cluster.arrive; @%p1 barrier.cluster.arrive;", 64, ctas=2)
     with fails(DeadlockError, "barrier of the cluster", "phase 0, 127 of 128 threads have arrived"):

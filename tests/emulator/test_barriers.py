@@ -92,6 +92,15 @@ def test_bytes_may_come_before_they_are_expected(barriers):
     assert barriers.completed(*AT, 0)
 
 
+def test_more_bytes_than_expected_complete_nothing(barriers):
+    barriers.init(*AT, 1)
+    barriers.expect_tx(*AT, 100)
+    barriers.complete_tx(*AT, 120)
+    barriers.arrive(*AT)
+    assert not barriers.completed(*AT, 0)
+    assert "0 of 1 arrivals and -20 transaction bytes pending" in barriers.describe(*AT)
+
+
 def test_dropped_arrivals_are_not_expected_again(barriers):
     barriers.init(*AT, 3)
     barriers.arrive(*AT, 2, drop=True)

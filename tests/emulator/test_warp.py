@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
 from dsv4lab.emulator import DeadlockError, UninitialisedError, UnsupportedInstruction, device
-from dsv4lab.emulator.convergence import ConvergenceError
+from dsv4lab.emulator.convergence import Convergence, ConvergenceError, together
 
 FULL = 0xFFFFFFFF
 LANES = range(32)
@@ -137,6 +139,14 @@ def test_a_lane_reads_one_that_does_not_take_part(run):
     assert found[:16] == list(range(16))  # its own value, where nobody checks
 
 
+def test_a_lane_reads_one_that_its_mask_does_not_name(run):
+    members = [0xFFFF] * 16 + [0xFFFF0000] * 16
+    body = "shfl.sync.idx.b32 %r100, %r1, %r3, 31, %r2;"
+    assert run(body, members, [5] * 16 + [21] * 16) == [5] * 16 + [21] * 16
+    with pytest.raises(UninitialisedError, match="lane 3 reads lane 21, which does not take part"):
+        run(body, members, [5, 5, 5, 21] * 4 + [21] * 16)
+
+
 # Lanes that come one after the other -----------------------------------------------------------------------
 
 # Lanes of %r2 0 come to S at once, lanes of 1 by another branch; lanes of 2 never do, and meet them at T.
@@ -224,10 +234,55 @@ def test_a_lane_outside_its_own_mask(run):
     assert caught.value.lane == 16
 
 
+@pytest.mark.xfail(reason="the machine does not say which lanes have ended")
+@SEEDS
+def test_lanes_that_end_are_no_longer_waited_for(run, seed):
+    # Lanes 2 and 3 of each four end after a while, the others vote.
+    body = f"""
+ and.b32 %r20, %r1, 3; setp.ge.u32 %p1, %r20, 2; @%p1 bra LATE;
+ setp.eq.u32 %p2, %r1, %r1; vote.sync.ballot.b32 %r100, %p2, -1;
+ bra END;
+LATE:
+ {"bar.warp.sync 0xcccccccc;" * 20}
+ ret;
+"""
+    found = run(body, seed=seed)
+    assert found == [0x33333333 if lane % 4 < 2 else FULL for lane in LANES]
+
+
 @SEEDS
 def test_lanes_that_do_not_exist_are_not_waited_for(run, seed):
     body = "setp.eq.u32 %p1, %r2, %r2; vote.sync.ballot.b32 %r100, %p1, 0xffffffff;"
     assert run(body, 0, block=40, seed=seed) == [FULL] * 32 + [0xFF] * 8
+
+
+def test_rows_that_are_parts_of_one_warp():
+    # Two rows of warp 5 with lanes 0-7 and 8-15, and one of warp 6.
+    parts = np.zeros((3, 32), np.bool_)
+    parts[0, :8] = parts[1, 8:16] = parts[2] = True
+    woken, parked = [], {}
+    machine = types.SimpleNamespace(
+        alive=np.full(8, FULL, np.uint32), on_exit=[], wake=woken.append, warps_per_cta=8
+    )
+    batch = types.SimpleNamespace(
+        warps=np.array([5, 5, 6]), mask=parts, machine=machine, park=lambda row, *_: parked.update({row: _})
+    )
+    ins = types.SimpleNamespace(line=3, opcode="vote")
+    gather = Convergence(machine).gather
+    needed = np.array([0xFFFF, 0xFFFF, FULL], np.uint32)
+    assert gather(batch, parts, needed, ins).tolist() == [True, True, True]
+    needed[1] = 0x1FFFF
+    assert gather(batch, parts, needed, ins).tolist() == [True, False, True]
+    assert list(parked) == [1] and not woken
+
+    def total(mask, value):
+        assert mask.shape == (2, 32)
+        return np.where(mask, value, 0).sum(1)[:, None], value + 1
+
+    value = np.arange(96, dtype=np.int64).reshape(3, 32)
+    sums, more = together(batch, parts, total, value)
+    assert sums[:, 0].tolist() == [sum(range(8)) + sum(range(40, 48))] * 2 + [sum(range(64, 96))]
+    assert more[0, :16].tolist() == [*range(1, 9), *range(41, 49)]
 
 
 # vote, match, elect, activemask ----------------------------------------------------------------------------
