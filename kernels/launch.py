@@ -102,7 +102,8 @@ def launch(make: Factory, config: tuple, arguments: Sequence[Argument]) -> None:
         _compiled(_on_gpu, make, config, target(device), [*values, stream])(*values, stream)
         return
     compiled = _emulated.setdefault(emulated, {})
-    held = [tensor for tensor in tensors if tensor.numel()]
+    # Aliases: what is released below must be neither the caller's own registration nor one tensor twice.
+    held = [tensor.detach() for tensor in tensors if tensor.numel()]
     for tensor in held:
         emulated.register(tensor)
     try:

@@ -102,3 +102,13 @@ def test_operands_that_do_not_fit_are_refused():
             nvfp4_tile_gemm(a, b)
     with pytest.raises(ValueError, match="do not fit"):
         nvfp4_tile_gemm(quantize_nvfp4(torch.ones(128, 64), "token"), good)
+
+
+def test_a_tensor_may_be_both_operands_and_belong_to_the_caller():
+    a = random(128, 64, 0)
+    with device("sm_100a") as gpu:
+        codes = gpu.from_torch(a.codes)
+        mine = a.with_(codes=codes)
+        first, second = nvfp4_tile_gemm(mine, mine), nvfp4_tile_gemm(mine, a)
+        assert gpu.lookup(codes.data_ptr()).extent.nbytes == codes.nbytes, "still registered"
+    assert torch.equal(first, second)
