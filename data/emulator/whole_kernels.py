@@ -25,8 +25,8 @@ class Comparison:
 
     Attributes:
         what: kernel, parameters and buffer.
-        kind: "bits" where they must be equal, "bound" where both must keep the bound of the case; "model": for
-            tensor cores again, with the bit model of them, where equality is hoped for.
+        kind: "bits" where they must be equal, "bound" where both must keep the bound of the case; "model"
+            for tensor cores again, with the bit model of them, where equality is hoped for.
         elements, differing: counts.
         worst: the largest difference of the two as a share of the bound, 0 for "bits".
     """

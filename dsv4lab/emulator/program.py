@@ -30,7 +30,7 @@ from dsv4lab.emulator.ptx import (
 # Shared memory that the system keeps at the start of every CTA's window since sm_90.
 RESERVED_SHARED = 1024
 # Types whose unsuffixed mul and add may become one fma (PTX ISA, "add", "mul").
-_FUSED = ("f32", "f32x2", "f64", "f16", "f16x2", "bf16", "bf16x2")
+_FUSED = {"f32", "f32x2", "f64", "f16", "f16x2", "bf16", "bf16x2"}
 _TERMINATORS = ("bra", "brx", "ret", "exit", "trap")
 
 
@@ -77,7 +77,7 @@ class Block:
         products: set[int] = set()
         pairs = 0
         for ins, action in self.body:
-            free = ins.modifiers[-1] in _FUSED and not set(ins.modifiers) & {"rn", "rz", "rm", "rp"}
+            free = not set(ins.modifiers) & {"rn", "rz", "rm", "rp"} and bool(set(ins.modifiers) & _FUSED)
             read = {r for operand, _ in action.reads for r in registers_in(operand)}
             pairs += free and ins.op in ("add", "sub") and bool(read & products)
             written = {o.index for o, _ in action.writes if isinstance(o, Register)}

@@ -102,7 +102,7 @@ def _narrowing(dtype: str, atype: str, rounding: str | None) -> Function | None:
 
 def _nearest_tf32(x: np.ndarray) -> np.ndarray:
     """cvt.rna.tf32.f32: half a unit is added to the bits; a NaN keeps its own, as on an H200."""
-    half = np.where(x != x, U32(0), U32(_TF32_HALF))
+    half = np.where(x != x, np.uint32(0), _TF32_HALF)
     return (x.view(U32) + half) & _TF32_BITS
 
 
