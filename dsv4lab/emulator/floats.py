@@ -141,24 +141,13 @@ def is_tiny(op: str, least: float, *values: np.ndarray) -> np.ndarray:
     return np.abs(exact) < least
 
 
-def _odd_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    q = a / b
-    # Only a quotient of at most 24 bits could be mistaken for exact; then q * b is exact.
-    short = q.astype(F32) == q
-    remainder = np.where(short, a - q * b, 0.0)
-    return to_odd(q, np.where(b < 0, -remainder, remainder))
-
-
-def _odd_root(a: np.ndarray) -> np.ndarray:
-    r = np.sqrt(a)
-    return to_odd(r, np.where(r.astype(F32) == r, a - r * r, 0.0))
-
-
+# float64 holds products exactly. A quotient or a root of numbers of 24 bits that is no such number itself
+# differs from all of them by more than float64 rounds off: rounding it again, in any direction, does no harm.
 _ODD = {
     "mul": np.multiply,
-    "div": _odd_quotient,
-    "rcp": lambda a: _odd_quotient(np.ones_like(a), a),
-    "sqrt": _odd_root,
+    "div": np.divide,
+    "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
 }
 _NATIVE = {
     "add": np.add,

@@ -265,6 +265,9 @@ def test_flags(run, lanes):
     assert run("cvt.rpi.ftz.s32.f32 r0, r1", r1=tiny).tolist() == [0, 0]
     assert run("cvt.rpi.s32.f32 r0, r1", r1=tiny).tolist() == [1, 0]
     assert run("cvt.rn.ftz.f32.f64 r0, w1", w1=np.array([2.0**-127])).tolist() == [0]
+    assert run("cvt.rp.bf16.f32 h0, r1", r1=tiny[:1]).tolist() == [0x0040]
+    assert run("cvt.rp.ftz.bf16.f32 h0, r1", r1=tiny[:1]).tolist() == [0]
+    assert run("cvt.rp.ftz.f16.f32 h0, r1", r1=tiny[:1]).tolist() == [1]  # as on an H200
 
 
 # Packed ----------------------------------------------------------------------------------------------------
@@ -390,6 +393,10 @@ def test_scaled_fixed_point(run, lanes):
     )
     values = found[:, None].view(ml_dtypes.bfloat16).astype(float)
     assert values.tolist() == [[1, 2], [-128, -1], [0, 127], [-10, 100]]
+    found = run(
+        "cvt.rn.scaled::n2::ue8m0.bf16x2.s2f6x2 r0, h1, h2", h1=[0x4040], h2=[0x807E]
+    )  # 1 times 2, and 1/2
+    assert found.tolist() == [0x40003F00]
     assert run("cvt.rn.bf16x2.s2f6x2 r0, h1", h1=[0x40C0]).tolist() == [0x3F80BF80]  # 64/64 and -64/64
     found = run(
         "cvt.rn.satfinite.s2f6x2.f32 h0, r1, r2", r1=lanes.f32(1.5, 9, NAN), r2=lanes.f32(-0.25, -9, 0)
@@ -426,6 +433,11 @@ def test_stochastic_fours(run, lanes):
     assert run(text, **values, r5=[0]).tolist() == [0x2244]
     assert run(text, **values, r5=[0xFF00FF00]).tolist() == [0x2344]
     assert run(text, **values, r5=[0x00FF00FF]).tolist() == [0x2245]
+    # Of each half of the random bits, the lower byte is for e and f; that of the upper half counts for more.
+    assert run(text, **values, r5=[0x00C00000]).tolist() == [0x2245]
+    assert run(text, **values, r5=[0x00BF00FF]).tolist() == [0x2244]
+    assert run(text, **values, r5=[0xC0000000]).tolist() == [0x2344]
+    assert run(text, **values, r5=[0xBF00FF00]).tolist() == [0x2244]
     text = "cvt.rs.satfinite.e4m3x4.f32 r0, {r1, r2, r3, r4}, r5"
     c = {**values, "r2": lanes.f32(1 + 2.0**-5)}  # a quarter up in e4m3
     assert run(text, **c, r5=[0xBFFF0000]).tolist() == [0x38384041]

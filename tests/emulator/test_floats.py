@@ -113,12 +113,20 @@ def test_fma_keeps_what_float64_rounds_away():
 
 
 def test_fma_of_subnormal_results_rounds_once():
-    """2**-149 * (1.5 - 2**-60) is nearer to 1 than to 2 units, which float64 cannot tell from a tie."""
+    """Units are 2**-149: half a unit less 2**-47 of one is added, which float64 takes for half a unit."""
     a, b = np.float32([2.0**-100 * (1 - 2.0**-23)]), np.float32([2.0**-50 * (1 + 2.0**-23)])
-    c = np.float32([2.0**-149])
-    # a * b = 2**-150 * (1 - 2**-46); with c that is 1.5 units less 2**-47 of one.
-    assert floats.fma32(a, b, c)[0] == 2.0**-149
-    assert floats.fma32(np.float32([2.0**-100]), np.float32([2.0**-50]), c)[0] == 2.0**-148
+    c = np.float32([2.0**-127 + 2.0**-149])
+    assert float(a[0]) * float(b[0]) + float(c[0]) == 2.0**-127 + 2.0**-149 + 2.0**-150
+    assert floats.fma32(a, b, c)[0] == c[0]
+    assert floats.fma32(np.float32([2.0**-100]), np.float32([2.0**-50]), c)[0] == 2.0**-127 + 2.0**-148
+
+
+def test_fma_of_float64_near_a_tie():
+    """2**53 + 2 and 1 - 2**-104: the sum is just below half-way to 2**53 + 4."""
+    a, b, c = np.float64([[1 + 2.0**-52], [1 - 2.0**-52], [2.0**53 + 2]])
+    assert floats.operation("fma", "f64")(a, b, c)[0] == 2.0**53 + 2
+    assert floats.operation("fma", "f64")(-a, b, -c)[0] == -(2.0**53) - 2
+    assert floats.operation("fma", "f64")(a, a, c)[0] == 2.0**53 + 4
 
 
 @pytest.mark.parametrize("way", EVERY)
