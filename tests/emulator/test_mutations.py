@@ -28,6 +28,9 @@ WRONG = [
 CAUGHT = [
     # Threads do not wait for the load.
     ("sm_90a", "transpose", TRANSPOSE | {"mutation": "wait"}, (RaceError, UninitialisedError), None),
+    ("sm_100a", "pipelined_copy", {"count": 3000, "blocks": 3, "forget": True},
+     (RaceError, UninitialisedError), None),
+    ("sm_100a", "tcgen05_gemm", TCGEN05 | {"mutation": "early"}, (RaceError, UninitialisedError), None),
     # Their stores are not fenced before TMA reads them.
     ("sm_90a", "transpose", TRANSPOSE | {"mutation": "fence"}, ProxyError, "fence.proxy.async"),
     ("sm_90a", "hopper_pipeline", RING | {"mutation": "fence"}, ProxyError, "fence.proxy.async"),

@@ -211,8 +211,15 @@ def test_cluster_reduction(arch, size, sends, run):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_tiles_taken_over_from_ctas_not_begun(size, run):
-    run("sm_100a", "dynamic_scheduler", rows=3, columns=1000, size=size)
+def test_tiles_taken_over_from_ctas_not_begun(size, gpu_kernels):
+    """More CTAs than are resident together: those that have begun do the tiles of the others."""
+    case = gpu_kernels("dynamic_scheduler").case(rows=60, columns=1000, size=size)
+    with device("sm_100a") as gpu:
+        placed = case.run(gpu.from_torch)
+    case.check(placed)
+    rounds = placed[3].flatten()
+    assert rounds.sum() == rounds.numel()
+    assert rounds.max() > 1 and rounds.min() == 0
 
 
 @BOTH

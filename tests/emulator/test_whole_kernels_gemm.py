@@ -154,6 +154,12 @@ def test_persistent_block_scaled(run):
     run("sm_100a", "scaled_gemm", kind="nvfp4", target=BF16, shape=(600, 128, 576), exact=True, clusters=2)
 
 
+@pytest.mark.parametrize("shape", [(600, 200, 136), (300, 2500, 64)])
+def test_scheduled_by_launch_control(shape, run):
+    """With the second shape there are more clusters than are resident together."""
+    run("sm_100a", "scheduled_gemm", dtype=BF16, target=F32, shape=shape, exact=True)
+
+
 @pytest.mark.parametrize(("in_shared", "exact"), [(True, True), (False, True), (True, False)])
 def test_grouped(in_shared, exact, run):
     shapes = ((100, 64, 128), (300, 136, 72), (17, 40, 200))

@@ -12,9 +12,12 @@ THREADS = 64
 
 
 @cute.kernel
-def _square(x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, size: cutlass.Constexpr):
+def _square(
+    x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, rounds: cute.Tensor, size: cutlass.Constexpr
+):  # fmt: skip
     thread, _, _ = cute.arch.thread_idx()
     tile, row, _ = cute.arch.block_idx()
+    home, count = (row, tile), cutlass.Int32(0)
     rank = cute.arch.block_idx_in_cluster()
     smem = memory.SmemAllocator()
     barrier = smem.allocate_array(cutlass.Int64, 1)
@@ -38,6 +41,7 @@ def _square(x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, size: cutlass.C
         i = tile * THREADS + thread
         if i < x.shape[1]:
             y[row, i] = x[row, i] * x[row, i]
+        count += 1
         if thread == 0:
             cute.arch.atomic_add(visits[row, None].iterator + tile, cutlass.Int32(1))
         cute.arch.mbarrier_wait(barrier, phase)
@@ -51,13 +55,20 @@ def _square(x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, size: cutlass.C
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
+    if thread == 0:
+        rounds[home] = count
 
 
 @cute.jit
-def square(x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, size: cutlass.Constexpr):
-    """y = x * x (M, N), by clusters of `size` CTAs; visits (M, tiles) counts who came to each tile of 64."""
+def square(
+    x: cute.Tensor, y: cute.Tensor, visits: cute.Tensor, rounds: cute.Tensor, size: cutlass.Constexpr
+):  # fmt: skip
+    """y = x * x (M, N), by clusters of `size` CTAs.
+
+    visits, rounds: (M, tiles), who came to each tile of 64, and to how many tiles each CTA that began came.
+    """
     grid = (visits.shape[1], x.shape[0], 1)
-    _square(x, y, visits, size).launch(grid=grid, block=(THREADS, 1, 1), cluster=(size, 1, 1))
+    _square(x, y, visits, rounds, size).launch(grid=grid, block=(THREADS, 1, 1), cluster=(size, 1, 1))
 
 
 def case(rows: int, columns: int, size: int) -> Case:
@@ -66,5 +77,6 @@ def case(rows: int, columns: int, size: int) -> Case:
     tiles = -(-columns // (THREADS * size)) * size
     none = torch.zeros(rows, tiles, dtype=torch.int32)
     how = {"passed": "dynamic", "align": 4}
-    arguments = Buffer(x, **how), output(x * x, **how), Buffer(none, none + 1, **how)
+    rounds = Buffer(none, changes=True, **how)
+    arguments = Buffer(x, **how), output(x * x, **how), Buffer(none, none + 1, **how), rounds
     return Case(square, arguments, {"size": size}, (BLACKWELL,))

@@ -13,7 +13,9 @@ THREADS, STAGES, VECTOR = 64, 3, 4
 
 
 @cute.kernel
-def _reverse(x: cute.Tensor, y: cute.Tensor, tiles: cutlass.Int32, count: cutlass.Int32):
+def _reverse(
+    x: cute.Tensor, y: cute.Tensor, tiles: cutlass.Int32, count: cutlass.Int32, forget: cutlass.Constexpr
+):  # fmt: skip
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
@@ -35,7 +37,8 @@ def _reverse(x: cute.Tensor, y: cute.Tensor, tiles: cutlass.Int32, count: cutlas
         cute.arch.cp_async_commit_group()
     stage = cutlass.Int32(0)
     for tile in cutlass.range(block, tiles, grid, unroll=1):
-        cute.arch.cp_async_wait_group(STAGES - 2)
+        if cutlass.const_expr(not forget):
+            cute.arch.cp_async_wait_group(STAGES - 2)
         cute.arch.sync_threads()
         for i in cutlass.range_constexpr(VECTOR):
             # Of another thread's vector, back to front.
@@ -51,18 +54,21 @@ def _reverse(x: cute.Tensor, y: cute.Tensor, tiles: cutlass.Int32, count: cutlas
 
 
 @cute.jit
-def reverse(x: cute.Pointer, y: cute.Pointer, count: cutlass.Int32, blocks: cutlass.Constexpr):
+def reverse(
+    x: cute.Pointer, y: cute.Pointer, count: cutlass.Int32, blocks: cutlass.Constexpr,
+    forget: cutlass.Constexpr,
+):  # fmt: skip
     """Swap neighbouring vectors of four and turn each round, adding the number of the tile of 256."""
     layout = cute.make_layout(cute.assume(count, VECTOR))
     tiles = cute.ceil_div(count, THREADS * VECTOR)
-    _reverse(cute.make_tensor(x, layout), cute.make_tensor(y, layout), tiles, count).launch(
+    _reverse(cute.make_tensor(x, layout), cute.make_tensor(y, layout), tiles, count, forget).launch(
         grid=(blocks, 1, 1), block=(THREADS, 1, 1)
     )
 
 
-def case(count: int, blocks: int) -> Case:
+def case(count: int, blocks: int, forget: bool = False) -> Case:
     """count is a multiple of 8."""
     x = integers((count,), -1000, 1000, torch.int32)
     expected = x.view(-1, 2, VECTOR).flip(1, 2).flatten() + torch.arange(count) // (THREADS * VECTOR)
     arguments = Buffer(x), output(expected.to(torch.int32)), cutlass.Int32(count)
-    return Case(reverse, arguments, {"blocks": blocks})
+    return Case(reverse, arguments, {"blocks": blocks, "forget": forget})

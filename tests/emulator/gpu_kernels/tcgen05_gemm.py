@@ -127,8 +127,10 @@ def _gemm(
                 full.release()
         slot.commit()
     tmem.relinquish_alloc_permit()
-    done = reader.wait_and_advance()
     inner = ((None, None), 0, 0)
+    if cutlass.const_expr(mutation == "early"):
+        store_tile(accumulator[inner], c, gc[inner], places[inner], op)
+    done = reader.wait_and_advance()
     store_tile(accumulator[inner], c, gc[inner], places[inner], op)
     done.release()
     if cutlass.const_expr(mutation != "leak"):
