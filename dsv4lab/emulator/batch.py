@@ -105,6 +105,13 @@ class Batch:
         row, lane = self._lanes
         register[self.warps[row], lane] = np.broadcast_to(value, (len(self), 32, *value.shape[2:]))[row, lane]
 
+    def put_rest(self, register: np.ndarray, value: np.ndarray) -> None:
+        """Store a value for the lanes of the rows that are not parked."""
+        mask = self.mask.copy()
+        mask[list(self.parked)] = False
+        row, lane = np.nonzero(mask)
+        register[self.warps[row], lane] = np.broadcast_to(value, (len(self), 32, *value.shape[2:]))[row, lane]
+
     def take(self, rows: np.ndarray) -> Batch:
         """Some of its rows."""
         return Batch(

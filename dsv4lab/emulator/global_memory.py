@@ -122,7 +122,13 @@ class GlobalMemory:
         if not mask.flat[first]:
             return None
         addresses = np.where(mask, addresses, addresses.flat[first])
-        self.check(addresses, nbytes)
+        try:
+            self.check(addresses, nbytes)
+        except AddressError as error:
+            if error.lane is not None and not mask[error.row, error.lane]:
+                # It is the address that stands in for lanes which do not take part.
+                error.row, error.lane = divmod(first, mask.shape[1])
+            raise
         if nbytes > 1 and (addresses & (nbytes - 1)).any():
             row, lane = (int(axis[0]) for axis in np.nonzero(addresses & (nbytes - 1)))
             address = int(addresses[row, lane])

@@ -197,9 +197,9 @@ class Machine:
         return None
 
     @property
-    def pending(self) -> bool:
-        """Whether anything is under way."""
-        return bool(self._later)
+    def pending(self) -> int:
+        """How many functions are under way."""
+        return sum(map(len, self._later.values()))
 
     def perform(self) -> None:
         """Perform the first function of a queue chosen by chance."""

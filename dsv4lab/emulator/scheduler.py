@@ -167,11 +167,12 @@ class Scheduler:
         self.machine.woken.clear()
 
     def _wait(self) -> None:
-        """No row is ready: perform what is under way, all of it, so that rows wake together."""
+        """No row is ready: perform all that is under way, so that rows wake together."""
         machine = self.machine
         if not machine.pending:
             raise self._deadlock()
-        while machine.pending:
+        # What this puts under way in turn waits until rows have run again.
+        for _ in range(machine.pending):
             machine.perform()
 
     def _deadlock(self) -> DeadlockError:

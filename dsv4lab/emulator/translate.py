@@ -263,7 +263,11 @@ class _Writer:
         registers = self.program.function.registers
         values = [(index, self.raw(index, registers[index], stored)) for index in stored]
         for index, name in values:
-            self.emit(f"R[{index}][s] = {name}" if self.full else f"b.put(R[{index}], {name})")
+            store = f"R[{index}][s] = {name}" if self.full else f"b.put(R[{index}], {name})"
+            if self.block.waits:
+                # A row that is parked will need its operands again, one of which this may be.
+                store = f"b.put_rest(R[{index}], {name}) if b.parked else b.put(R[{index}], {name})"
+            self.emit(store)
         if result:
             self.emit(f"return lanes({result}, shape)")
 

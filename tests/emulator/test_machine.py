@@ -355,6 +355,35 @@ def test_an_endless_loop_ends_at_the_limit(ptx_kernel):
         gpu.run_ptx(ptx_kernel("L: add.s32 %r9, %r9, 1; bra L;"), x, x)
 
 
+def test_a_row_that_waits_keeps_its_operands(ptx_kernel):
+    """Lanes that come to a shuffle one after the other, whose result takes the place of its operand."""
+    body = """
+ mov.u32 %r9, %r1;
+ setp.lt.u32 %p1, %r1, 7;
+ @%p1 bra A;
+ shfl.sync.bfly.b32 %r9, %r9, 8, 31, 0xffffffff;
+ bra END;
+A:
+ shfl.sync.bfly.b32 %r9, %r9, 8, 31, 0xffffffff;
+END:
+"""
+    x = torch.zeros(1, dtype=torch.int32)
+    error = failing(ptx_kernel(body), DeadlockError, x, x)
+    assert "lanes" in str(error)
+    body = """
+ setp.ge.u32 %p1, %r1, 32;
+ mov.u32 %r9, 5;
+ @%p1 bra FEW;
+ mov.u32 %r9, %r1;
+ shfl.sync.bfly.b32 %r9, %r9, 1, 31, 0xffffffff;
+ bra END;
+FEW:
+ shfl.sync.bfly.b32 %r9, %r9, 1, 31, 0x3;
+END:
+"""
+    assert lanes(ptx_kernel(body + STORE), 34) == [t ^ 1 for t in range(32)] + [5, 5]
+
+
 def test_a_spinning_warp_does_not_starve_the_one_it_waits_for(ptx_kernel):
     body = """
  setp.ge.u32 %p1, %r1, 32;
