@@ -48,7 +48,7 @@ def _send(x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr):
 
 
 @cute.kernel
-def _fetch(x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr, leave_early: cutlass.Constexpr):
+def _fetch(x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr):
     lane = cute.arch.lane_idx()
     row, rank = cute.arch.block_idx()[1], cute.arch.block_idx_in_cluster()
     part = memory.SmemAllocator().allocate_tensor(cutlass.Int32, cute.make_layout(1), 16)
@@ -69,31 +69,27 @@ def _fetch(x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr, leave_early:
     total = cute.arch.warp_redux_sync(theirs, "add")
     if lane == 0:
         y[row, rank] = total
-    if cutlass.const_expr(not leave_early):
-        # Nobody leaves while another may still read here.
-        cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
+    # Nobody leaves while another may still read here.
+    cute.arch.cluster_arrive_relaxed()
+    cute.arch.cluster_wait()
 
 
 @cute.jit
-def cluster_sum(
-    x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr, sends: cutlass.Constexpr,
-    leave_early: cutlass.Constexpr,
-):  # fmt: skip
+def cluster_sum(x: cute.Tensor, y: cute.Tensor, size: cutlass.Constexpr, sends: cutlass.Constexpr):
     """y (M, size) = sums of the rows of x (M, N), their parts weighted 1, 2, ... size."""
     grid = (size, x.shape[0], 1)
     if cutlass.const_expr(sends):
         _send(x, y, size).launch(grid=grid, block=(THREADS, 1, 1), cluster=(size, 1, 1))
     else:
-        _fetch(x, y, size, leave_early).launch(grid=grid, block=(THREADS, 1, 1), cluster=(size, 1, 1))
+        _fetch(x, y, size).launch(grid=grid, block=(THREADS, 1, 1), cluster=(size, 1, 1))
 
 
-def case(size: int, sends: bool, rows: int = 2, columns: int = 300, leave_early: bool = False) -> Case:
+def case(size: int, sends: bool, rows: int = 2, columns: int = 300) -> Case:
     """Clusters of `size` CTAs, each with one warp."""
     x = integers((rows, columns), -1000, 1000, torch.int32)
     parts = x.split(-(-columns // size), 1)
     total = sum((i + 1) * part.sum(1) for i, part in enumerate(parts))
     expected = total.to(torch.int32).view(rows, 1).repeat(1, size)
     how = {"passed": "dynamic", "align": 4}
-    options = {"size": size, "sends": sends, "leave_early": leave_early}
+    options = {"size": size, "sends": sends}
     return Case(cluster_sum, (Buffer(x, **how), output(expected, **how)), options)
