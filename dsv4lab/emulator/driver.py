@@ -262,7 +262,7 @@ def device(
     checks: str | Iterable[str] = "all",
     mma: str = "exact",
     seed: int = 0,
-    limit: int = 1_000_000_000,
+    limit: int = 100_000_000,
     strict: bool = True,
     trace: bool = True,
     watch: Watch | None = None,

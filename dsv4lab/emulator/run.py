@@ -45,7 +45,7 @@ class Options:
     checks: frozenset[str] = frozenset(CHECKS)
     mma: str = "exact"
     seed: int = 0
-    limit: int = 1_000_000_000
+    limit: int = 100_000_000
     strict: bool = True
     trace: bool = True
     watch: Watch | None = None
