@@ -33,7 +33,7 @@ def tma_boxes(events: Iterable[Any], names: Sequence[str], ctas: Sequence[int] =
     picture, panels = new(
         "Boxes in global memory that each CTA asks for, numbered by step. The grey frame is the tensor: what "
         "a box covers outside of it is filled with zeros. Scales lie in chunks of 128 rows by 4 scales, 512 "
-        "bytes; one row of a chunk is one of 256 16-bit words.",
+        "bytes each.",
         rows=2,
         columns=-(-len(tensors) // 2),
         size=(8.4, 4.9),

@@ -146,12 +146,14 @@ def _inches(rows: list[tuple[str, list[list[Any]]]]) -> float:
 
 def _draw(axes: Axes, rows: list[tuple[str, list[list[Any]]]], highlight: Any) -> None:
     y, ticks = 0.0, []
+    events = [event for _, lanes in rows for lane in lanes for event in lane]
+    thin = max((e.end for e in events), default=0) / 250  # about three pixels
     for name, lanes in rows:
         height = _height(lanes)
         ticks.append((y + height / 2, name))
         for i, lane in enumerate(lanes):
             for event in lane:
-                _bar(axes, event, y + (i + 0.5) * height / len(lanes), 0.75 * height / len(lanes))
+                _bar(axes, event, y + (i + 0.5) * height / len(lanes), 0.75 * height / len(lanes), thin)
         y += height
         axes.axhline(y, color="#cccccc", linewidth=0.8)
     if highlight is not None:
@@ -164,18 +166,19 @@ def _draw(axes: Axes, rows: list[tuple[str, list[list[Any]]]], highlight: Any) -
     axes.margins(x=0.01)
 
 
-def _bar(axes: Axes, event: Any, y: float, height: float) -> None:
+def _bar(axes: Axes, event: Any, y: float, height: float, thin: float) -> None:
     _, colour, hatch = KINDS.get(event.kind, OTHER)
     hollow = hatch is None
+    edge = colour if hollow or event.end - event.start < thin else CARD
     axes.barh(
         y,
         max(event.end - event.start, 1),
         left=event.start,
         height=0.6 * height if hollow else height,
         facecolor="none" if hollow else colour,
-        edgecolor=colour if hollow else CARD,
+        edgecolor=edge,
         hatch=hatch,
-        linewidth=1 if hollow else 0.5,
+        linewidth=0.5 if edge is CARD else 1,
         zorder=3,
     )
 
