@@ -61,7 +61,13 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
         ("histogram", "kinds_case", {}),
         ("pipelined_copy", "case", {"count": 3000, "blocks": 3}),
         ("launches", "chain_case", {"count": 300, "rounds": 3}),
+        ("launches", "chain_case", {"count": 300, "rounds": 3, "early": True}),
         ("launches", "persistent_case", {"count": 3000}),
+        ("elementwise", "case", {"source": F32, "target": F32, "count": 1000, "nbytes": 32}),
+        ("warps", "case", {}),
+        ("warps", "sort_case", {"threads": 40, "count": 9}),
+        ("warps", "functions_case", {}),
+        ("bulk_copies", "case", {"pairs": 3}),
         ("multicast", "case", {"size": 2, "tiles": 3}),
         ("multicast", "case", {"size": 4, "tiles": 3}),
     ]

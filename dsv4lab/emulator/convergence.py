@@ -23,20 +23,7 @@ class ConvergenceError(EmulatorError):
 
 def alive(machine: Machine) -> np.ndarray:
     """uint32 (warps,), the lanes of each warp that exist and have not ended."""
-    found = getattr(machine, "alive", None)
-    return machine.state(_Alive).bits if found is None else found
-
-
-class _Alive:
-    """Lanes that exist, of warps that have not ended."""
-
-    def __init__(self, machine: Machine) -> None:
-        thread = np.arange(machine.warps_per_cta * 32).reshape(-1, 32)
-        self.bits = np.tile(bits_of(thread < machine.threads_per_cta), machine.ctas)
-        machine.on_exit.append(self._exited)
-
-    def _exited(self, warps: np.ndarray) -> None:
-        self.bits[warps] = 0
+    return machine.alive
 
 
 class Convergence:

@@ -48,7 +48,8 @@ class Machine:
         order: the race checker, or None.
         time: int64 (warps,), model time in cycles; says nothing about correctness.
         at_end: functions to call when all warps have ended.
-        on_exit: functions of (warps), called when whole warps have ended.
+        alive: uint32 (warps,), lanes of each warp that exist and have not ended.
+        on_exit: functions of (warps), called when lanes of these warps have ended.
         random: seeded; decides the order of everything that has none.
     """
 
@@ -68,6 +69,7 @@ class Machine:
         self.order: HappensBefore | None = None
         self._make_memory()
         self.time = np.zeros(self.warps, np.int64)
+        self.alive = np.full(self.warps, 0xFFFFFFFF, np.uint32)
         self.at_end: list[Callable[[], None]] = []
         self.on_exit: list[Callable[[np.ndarray], None]] = []
         self._states: dict[type, Any] = {}

@@ -41,7 +41,7 @@ class Scheduler:
         self.ready: dict[tuple[int, bool], list[Batch]] = {}
         self.parked: dict[Hashable, list[tuple[int, Batch, str]]] = {}
         self.frames = Frames()
-        self.alive = np.full(machine.warps, 0xFFFFFFFF, np.uint32)
+        self.alive = machine.alive
         self.left = machine.warps
 
     def execute(self) -> None:
@@ -69,7 +69,7 @@ class Scheduler:
         rest = machine.threads_per_cta % 32
         if rest:
             mask[machine.warps_per_cta - 1 :: machine.warps_per_cta, rest:] = False
-            self.alive = bits_of(mask)
+            self.alive[:] = bits_of(mask)
         none = np.full(machine.warps, -1, np.int64)
         whole = mask.all(1)
         for part, full in ((whole, True), (~whole, False)):
@@ -313,10 +313,11 @@ class Scheduler:
         np.bitwise_and.at(alive, batch.warps, ~bits)
         self._leave(batch, bits)
         ended = np.unique(batch.warps[(alive[batch.warps] == 0) & (bits != 0)])
-        if len(ended):
-            self.left -= len(ended)
+        self.left -= len(ended)
+        if bits.any():
+            touched = np.unique(batch.warps[bits != 0])
             for function in self.machine.on_exit:
-                function(ended)
+                function(touched)
         if ending is not None:
             rest = batch.mask & ~gone
             going = rest.any(1)

@@ -16,7 +16,6 @@ from dsv4lab.emulator.named_barriers import ALL, NamedBarriers
 
 SEEDS = pytest.mark.parametrize("seed", range(4))
 MEET = "barrier.cluster.arrive; barrier.cluster.wait;"
-ENDED = pytest.mark.xfail(reason="the machine does not say which lanes had ended before the first barrier")
 
 
 @pytest.fixture
@@ -153,7 +152,6 @@ def test_more_warps_come_than_one_phase_takes(run, seed):
         run("bar.sync 1, 64;", 96, seed=seed)
 
 
-@ENDED
 @SEEDS
 def test_warps_that_have_ended_are_not_waited_for(run, seed):
     early = "setp.eq.u32 %p1, %r8, 1; @%p1 ret; "
@@ -164,7 +162,6 @@ def test_warps_that_have_ended_are_not_waited_for(run, seed):
         run(early + "bar.sync 0, 96;", 96, seed=seed)
 
 
-@ENDED
 @SEEDS
 def test_lanes_that_have_ended_or_never_were_are_not_waited_for(run, seed):
     early = "setp.gt.u32 %p1, %r1, 40; @%p1 ret; "
@@ -190,7 +187,6 @@ MEET:
 PAUSE = "bar.warp.sync 0xffffff00;" * 20
 
 
-@ENDED
 @SEEDS
 @pytest.mark.parametrize("pause", ["", PAUSE])
 def test_lanes_that_end_while_others_wait_for_them(run, pause, seed):
@@ -472,7 +468,6 @@ SHORT:
     assert run(body, 64, ctas=4, seed=seed) == [20] * 256
 
 
-@ENDED
 @SEEDS
 def test_ended_threads_count_as_arrived(run, seed):
     out = "setp.eq.u32 %p1, %r6, 1; @%p1 ret; "

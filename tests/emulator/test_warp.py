@@ -234,7 +234,6 @@ def test_a_lane_outside_its_own_mask(run):
     assert caught.value.lane == 16
 
 
-@pytest.mark.xfail(reason="the machine does not say which lanes have ended")
 @SEEDS
 def test_lanes_that_have_ended_are_not_waited_for(run, seed):
     body = "setp.ge.u32 %p1, %r1, 20; @%p1 ret; vote.sync.ballot.b32 %r100, !%p1, -1;"
