@@ -29,7 +29,9 @@ PTX = """
 	.param .b8 mixed_param_3
 )
 .reqntid 128, 1, 1
-{ .reg .b32 %r<2>; st.shared.b32 [tile+4], %r1; mbarrier.init.shared.b64 [barrier], 1; ld.shared.b32 %r1, [dynamic]; ret; }
+{
+	.reg .b32 %r<2>;
+	st.shared.b32 [tile+4], %r1; mbarrier.init.shared.b64 [barrier], 1; ld.shared.b32 %r1, [dynamic]; ret; }
 """
 
 
