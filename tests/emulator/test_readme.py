@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_options_and_checks_are_those_of_device():
     defaults = {name: p.default for name, p in parameters.items() if name != "arch"}
     assert {name for name, *_ in rows} == set(defaults)
     for name, default, _ in rows:
-        shown = {"10⁹": str(10**9)}.get(default, default.strip("`"))
+        power = re.fullmatch("10([⁰¹²³⁴-⁹]+)", default)
+        shown = str(10 ** int(unicodedata.normalize("NFKC", power[1]))) if power else default.strip("`")
         assert shown.replace('"', "'") == repr(defaults[name]), name
     (checks,) = [text for name, _, text in rows if name == "checks"]
     assert all(f"`{check}`" in checks for check in CHECKS)
