@@ -96,7 +96,7 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 def _patch_dsl(stack: ExitStack, dsl: Any, device: Device, dump_dir: str) -> None:
     stack.callback(_restore, dsl.envar, dict(vars(dsl.envar)))
     dsl.envar.arch = device.arch.name
-    dsl.envar.keep_ptx = True
+    dsl.envar.keep_ptx = dsl.envar.keep_cubin = True
     dsl.envar.dump_dir = dump_dir
     # Nothing from an earlier compilation is used, nor is anything left behind for a later one.
     dsl.envar.no_cache = True
@@ -147,7 +147,8 @@ def _building(original: Callable[..., Any], device: Device, dump_dir: str) -> Ca
                 )
             if not getattr(engine, "linked", False):
                 raise EmulatorError("CuTe DSL made a JIT engine in a way that the emulator does not know")
-            compiled = Module(function.function_name, device.arch.name, str(function.artifacts.PTX))
+            kept = function.artifacts
+            compiled = Module(function.function_name, device.arch.name, str(kept.PTX), kept.CUBIN or b"")
         function.host = device.host(function.function_name, compiled)
         _forget_artifacts(dump_dir)
         return function

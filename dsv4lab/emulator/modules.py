@@ -18,11 +18,14 @@ class Module:
         name: the host function's mangled name.
         arch: what it was compiled for, such as "sm_100a".
         ptx: the whole text.
+        cubin: the same assembled, an ELF image, which is not executed here but may be disassembled; empty
+            for a text that no compiler made.
     """
 
     name: str
     arch: str
     ptx: str = field(repr=False)
+    cubin: bytes = field(default=b"", repr=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
