@@ -298,11 +298,33 @@ def test_the_baseline_of_a_copy_moves_as_many_bytes():
     assert [tuple(y.shape) for y in outputs] == [(3, 48)] * 4
 
 
-def test_the_floor_is_known_for_measured_devices_alone():
+def test_the_floor_is_known_for_some_devices_alone():
     copy, rate = RATES["NVIDIA H200"].copy, RATES["NVIDIA H200"].bf16
     assert floor_seconds("NVIDIA H200", int(copy), 0) == pytest.approx(1)
     assert floor_seconds("NVIDIA H200", 1, int(2 * rate)) == pytest.approx(2)
+    assert floor_seconds("NVIDIA H200", 1, int(2 * rate), fp4=True) == pytest.approx(2)  # it has no FP4
+    assert floor_seconds("NVIDIA B200", 16 * 10**12, 1, fp4=True) == pytest.approx(2)
+    assert floor_seconds("NVIDIA B200", 1, 18 * 10**15, fp4=True) == pytest.approx(2)
+    assert floor_seconds("NVIDIA B200", 1, 18 * 10**15) == pytest.approx(8)
     assert floor_seconds("a CPU", int(copy), 0) is None
+
+
+def test_a_product_of_fp4_is_held_against_the_rate_of_fp4():
+    def floor(kind, shape):
+        m = Measurement(Case(kind, shape), "blackwell", "NVIDIA B200", (1e-3,) * 3, 1, 1, 9 * 10**12)
+        return m.as_dict()["share_of_floor"]
+
+    assert floor("linear", (1, 16, 16)) == pytest.approx(1)
+    assert floor("linear_w4a16", (1, 16, 16)) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if len(case.shape) > 2], ids=lambda case: case.kind)
+def test_kernels_are_given_swizzled_scales(case):
+    given = case.make("cpu")
+    ready = case.ready(given, "blackwell")
+    layouts = [x.scale_layout for x in ready if hasattr(x, "scale_layout")]
+    assert layouts and set(layouts) == {"swizzled"} and case.ready(given, "reference") is given
+    case.check(given, case.run(ready, "reference"), "reference")
 
 
 def test_rates_follow_from_the_median():
@@ -381,9 +403,9 @@ def test_rows_carry_their_provenance_and_are_appended(tmp_path):
     assert rows.append(file, [measured(), measured(refused="wrong", seconds=None)], WHERE) == 1
     first = file.read_bytes()
     assert first.decode().splitlines() == [
-        "op,shape,backend,p20_us,p50_us,p80_us,baseline,baseline_us,bytes,flops,rotated_bytes,"
-        "device,driver,torch,dsv4lab,cutlass_dsl,commit,date",
-        "linear,1x16x32,reference,1.0,2.0,3.0,bf16 linear,4.0,400,1024,0,"
+        "op,shape,backend,p20_us,p50_us,p80_us,gb_per_s,tflops,share_of_floor,baseline,baseline_us,bytes,flops,"
+        "rotated_bytes,device,driver,torch,dsv4lab,cutlass_dsl,commit,date",
+        "linear,1x16x32,reference,1.0,2.0,3.0,0.2,0.000512,,bf16 linear,4.0,400,1024,0,"
         "some device,some driver,some torch,some dsv4lab,some cutlass_dsl,some commit,some date",
     ]
     file.write_bytes(first.rstrip(b"\n"))  # as an editor may leave it

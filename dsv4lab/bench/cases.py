@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..formats import BLOCK
+from ..formats import BLOCK, NVFP4Tensor
 from ..gemm import grouped_mm, grouped_mm_swiglu
-from ..layouts import swizzle_scales
+from ..layouts import swizzle_scales, with_scale_layout
 from ..quantize import (
     dequantize_nvfp4,
     mhc_rmsnorm_quantize,
@@ -159,6 +159,17 @@ class Case:
     def make(self, device: torch.device | str, seed: int = 0) -> tuple:
         """Random inputs, others for another seed."""
         return KINDS[self.kind].make(torch.Generator(device).manual_seed(seed), *self.shape)
+
+    @property
+    def fp4(self) -> bool:
+        """Whether it multiplies FP4 by FP4."""
+        return len(self.shape) > 2 and not self.kind.endswith("_w4a16")
+
+    def ready(self, given: tuple, backend: str | None) -> tuple:
+        """The inputs as a backend's layers hand them over: kernels multiply with swizzled block scales."""
+        if len(self.shape) == 2 or backend == "reference":
+            return given
+        return tuple(with_scale_layout(x, "swizzled") if isinstance(x, NVFP4Tensor) else x for x in given)
 
     def run(self, given: tuple, backend: str | None):
         """The operation on a backend."""

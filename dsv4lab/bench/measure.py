@@ -60,7 +60,7 @@ class Measurement:
     def as_dict(self) -> dict:
         """Plain data, times in microseconds; None for what was not measured or is not known."""
         p20, p50, p80 = self.seconds or (None,) * 3
-        floor = floor_seconds(self.device, self.bytes, self.flops) if p50 else None
+        floor = floor_seconds(self.device, self.bytes, self.flops, self.case.fp4) if p50 else None
         return {
             "op": self.case.kind,
             "shape": self.case.size,
@@ -71,10 +71,10 @@ class Measurement:
             "bytes": self.bytes if p50 else None,
             "flops": self.flops if p50 else None,
             "rotated_bytes": self.rotated if p50 else None,
-            "gb_per_s": self.bytes / p50 / 1e9 if p50 else None,
-            "tflops": self.flops / p50 / 1e12 if p50 and self.flops else None,
+            "gb_per_s": short(self.bytes / p50 / 1e9) if p50 else None,
+            "tflops": short(self.flops / p50 / 1e12) if p50 and self.flops else None,
             "floor_us": micro(floor),
-            "share_of_floor": floor / p50 if floor else None,
+            "share_of_floor": short(floor / p50) if floor else None,
             "baseline": self.case.baseline_name,
             "baseline_us": micro(self.baseline),
             "speedup": self.baseline / p50 if p50 else None,
@@ -85,6 +85,11 @@ class Measurement:
 def micro(seconds: float | None) -> float | None:
     """Microseconds, to a nanosecond."""
     return None if seconds is None else round(seconds * 1e6, 3)
+
+
+def short(x: float) -> float:
+    """To four digits."""
+    return float(f"{x:.4g}")
 
 
 def bench(
@@ -125,13 +130,15 @@ def measure(m: Measurement, device: torch.device, repeats: int) -> Measurement:
     case, backend = m.case, m.backend
     check_memory(case, device)
     given = case.make(device)
-    result = case.run(given, backend)
+    ready = case.ready(given, backend)
+    result = case.run(ready, backend)
     case.check(given, result, backend)
     work_bytes, flops = case.work(given, result)
-    sets = [given]
+    sets, prepared = [given], [ready]
     if device.type == "cuda":
         sets += [case.make(device, seed) for seed in range(1, rotation(device, work_bytes))]
-    ours = [partial(case.run, s, backend) for s in sets]
+        prepared += [case.ready(s, backend) for s in sets[1:]]
+    ours = [partial(case.run, s, backend) for s in prepared]
     others = [case.baseline(s, work_bytes) for s in sets]
     if device.type == "cuda":
         graph = Replay(ours)

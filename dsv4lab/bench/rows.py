@@ -19,8 +19,8 @@ from ..device import cutlass_dsl_version
 from .measure import Measurement, device_name
 
 MEASURED = (
-    "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "baseline", "baseline_us", "bytes", "flops",
-    "rotated_bytes",
+    "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "gb_per_s", "tflops", "share_of_floor",
+    "baseline", "baseline_us", "bytes", "flops", "rotated_bytes",
 )  # fmt: skip
 PROVENANCE = ("device", "driver", "torch", "dsv4lab", "cutlass_dsl", "commit", "date")
 HEADER = (*MEASURED, *PROVENANCE)
