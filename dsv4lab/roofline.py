@@ -1,4 +1,4 @@
-"""The least time that work can take on a GPU: its bytes at memory bandwidth, or its arithmetic at full rate."""
+"""The least time of work on a GPU: its bytes at memory bandwidth, or its arithmetic at full speed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ RATES = {
     "NVIDIA H200": Rates(
         4.27e12, 790e12, None, "measured: driver 580.159.04, torch 2.11.0+cu130, November 2026"
     ),
-    "NVIDIA B200": Rates(8e12, 2.25e15, 9e15, "NVIDIA's product data, without sparsity; nothing was measured"),
+    "NVIDIA B200": Rates(
+        8e12, 2.25e15, 9e15, "NVIDIA's product data, without sparsity; nothing was measured"
+    ),
 }
 
 

@@ -27,9 +27,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     about = "Time the operations beside a copy or bf16 GEMMs; a wrong result is refused, not timed."
     epilog = (
         "GB/s and TFLOPS count what an operation needs: each byte once a pass, only experts with tokens. "
-        "The floor is the larger of both times: on an H200 at rates measured there, on a B200 at those of its "
-        "product data, 8 TB/s and 9 PFLOPS; others have none. linear and grouped_mm have NVFP4 activations, "
-        "with _w4a16 bf16 ones."
+        "The floor is the larger of both times: on an H200 at rates measured there, on a B200 at its "
+        "data sheet's, 8 TB/s and 9 PFLOPS of FP4; others have none. linear and grouped_mm have NVFP4 "
+        "activations, with _w4a16 bf16 ones."
     )
     parser = command(commands, "bench", about, epilog)
     parser.add_argument(
