@@ -242,8 +242,8 @@ class _Writer:
             self.emit(f"{wide} = widen({name}, {self.known(storage, 't')})")
             value = _Value(wide, storage)
         if guard:
-            raw = self.typed(value, register_class(operand.type), register_class(operand.type)).name
-            old = self.load(operand).name
+            kind = register_class(operand.type)
+            raw, old = (self.typed(v, kind, kind).name for v in (value, self.load(operand)))
             chosen = self.name()
             self.emit(f"{chosen} = select({guard}, {raw}, {old})")
             value = _Value(chosen, storage)

@@ -43,6 +43,12 @@ def lanes():
     return _module("lanes")
 
 
+@pytest.fixture(scope="session")
+def random_programs():
+    """The module random_programs beside this file."""
+    return _module("random_programs")
+
+
 def _module(name: str):
     return _load(name, Path(__file__).with_name(f"{name}.py"))
 

@@ -155,6 +155,22 @@ ON:
     assert lanes(ptx_kernel(body + STORE), 33, seed=seed) == expected
 
 
+@pytest.mark.parametrize("count", [32, 33])
+def test_a_guard_keeps_all_bits_of_what_was_computed_before_it(ptx_kernel, count):
+    """Signed and unsigned 64 bits must not meet as floats."""
+    body = """
+ setp.lt.u32 %p1, %r1, 8;
+ mov.b64 %rd5, 0x7123456789abcdef;
+ add.s64 %rd4, %rd5, 2;
+ @%p1 mov.b64 %rd4, 5;
+ shr.u64 %rd5, %rd4, 32;
+ cvt.u32.u64 %r8, %rd5; cvt.u32.u64 %r9, %rd4;
+ xor.b32 %r9, %r9, %r8;
+"""
+    expected = [5 if t < 8 else (0x71234567 ^ 0x89ABCDF1) - 2**32 for t in range(count)]
+    assert lanes(ptx_kernel(body + STORE), count) == expected
+
+
 def test_brx_goes_to_one_of_many(ptx_kernel):
     body = """
  mov.u32 %r9, 0;
