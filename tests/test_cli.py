@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,7 +81,10 @@ def test_help_and_version(run):
 
 def test_doctor_says_which_backend_runs(run):
     code, out, _ = run("doctor")
-    assert code == 0 and "reference" in out and "not written yet" in out
+    assert code == 0
+    for name in ("reference", "emulator"):
+        assert re.search(rf"^{name} +available$", out, re.MULTILINE), out
+    assert re.search(r"^blackwell +(available|no: .)", out, re.MULTILINE), out
     report = json.loads(run("doctor", "--json")[1])
     assert report["backends"]["reference"] == {"available": True, "reason": ""}
     assert not report["backends"]["hopper"]["available"] and report["backends"]["hopper"]["reason"]
