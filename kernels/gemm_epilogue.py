@@ -221,8 +221,7 @@ def _factor_of(form: Form, factor: Float32, other: Float32, column: Int32, n: In
 def swiglu(form: Form, gate: Float32, up: Float32, limit: Float32) -> Float32:
     """silu(min(gate, L)) clip(up, -L, L), NaN where gate or up is NaN or Inf.
 
-    From e = exp(-|gate| / 2), which goes into both factors: exp(-gate) would be Inf where the product still is
-    a number.
+    From e = exp(-|gate| / 2), which goes into both factors: exp(-gate) may be Inf where the product is none.
     """
     one = ptx.fma(up, 0.0, ptx.fma(gate, 0.0, 1.0))
     if form.clamped:

@@ -97,7 +97,8 @@ def _write_codes(
 def _write_swizzled(out: Quantized, scales: list, row: Int32, column: Int32):
     """Two scales, and zeros for those behind the row's end that no slice has."""
     columns = (out.columns + 3) // 4 * 4
-    at = swizzled_offset(row, column, columns)
+    # Of the first and only matrix, whose rows do not matter.
+    at = swizzled_offset(Int32(0), row, column, Int32(0), out.columns)
     pair = (scales[0] | (scales[1] << 8)).to(Uint16)
     if column < columns:
         _write(out.scales, at, pair)
