@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dsv4lab.kernels import gemm, quantize_family
 
+import dsv4lab.gemm
+import dsv4lab.layouts
+import dsv4lab.quantize  # noqa: F401 (who runs one operation may not have imported, and so registered, the others)
 from dsv4lab.ops import register_implementation
 
 for name, out in {**gemm.IMPLEMENTATIONS, **quantize_family.IMPLEMENTATIONS}.items():

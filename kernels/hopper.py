@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dsv4lab.kernels.quantize_family import IMPLEMENTATIONS
-from dsv4lab.ops import OPS, register_implementation
+
+import dsv4lab.layouts
+import dsv4lab.quantize  # noqa: F401 (who runs one operation may not have imported, and so registered, the others)
+from dsv4lab.ops import register_implementation
 
 for _name, _out in IMPLEMENTATIONS.items():
-    if _name in OPS:
-        register_implementation(_name, "hopper", out=_out)
+    register_implementation(_name, "hopper", out=_out)
