@@ -262,6 +262,6 @@ def test_scratch_memory_is_held_while_the_step_lives(model, cuda):
 def test_scratch_memory_that_would_grow_is_named(cuda, monkeypatch, tiny_model):
     """A warm-up that leaves something out is found by the capture."""
     model = quantize_model_(copy.deepcopy(tiny_model).requires_grad_(False))
-    monkeypatch.setattr(decode_step, "warmup", lambda model, tokens: workspace.Workspaces())
+    monkeypatch.setattr(decode_step, "warmup", lambda *_, **__: workspace.Workspaces())
     with pytest.raises(RuntimeError, match=r"captured as a CUDA graph: .* would allocate under capture"):
         capture(model, model.new_cache(1, 4))

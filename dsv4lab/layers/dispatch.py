@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import SCALE_DTYPE, NVFP4Tensor
-from ..layouts import from_torch_offsets, max_group_rows, padded_rows, with_scale_layout
+from ..formats import SCALE_DTYPE, NVFP4Tensor, scales_shape
+from ..layouts import from_torch_offsets, max_group_rows, padded_rows, swizzle_scales, with_scale_layout
 
 
 class Route(NamedTuple):
@@ -63,7 +63,9 @@ def dispatch(chosen: Tensor, experts: int) -> Route:
     return Route(slot, offsets, sizes, max_group_rows(tokens, k, experts), k)
 
 
-def place(x: Tensor | NVFP4Tensor, route: Route, copies: int, scratch=None) -> Tensor | NVFP4Tensor:
+def place(
+    x: Tensor | NVFP4Tensor, route: Route, copies: int, scratch=None, scale_layout: str = "linear"
+) -> Tensor | NVFP4Tensor:
     """Put rows into the padded buffer.
 
     Args:
@@ -72,6 +74,7 @@ def place(x: Tensor | NVFP4Tensor, route: Route, copies: int, scratch=None) -> T
         route: from dispatch.
         copies: how often each row is written.
         scratch: scratch(name, shape, dtype) gives memory to use, None allocates.
+        scale_layout: of the result.
 
     Returns:
         (rows, K); block scales of padding are zero, all else in it is undefined.
@@ -84,7 +87,11 @@ def place(x: Tensor | NVFP4Tensor, route: Route, copies: int, scratch=None) -> T
     g = x.global_scale
     if x.granularity == "token":
         g = _scatter("global", g.reshape(-1), route, copies, scratch)
-    return NVFP4Tensor(codes, scales.view(SCALE_DTYPE), g, "linear", x.granularity)
+    if scale_layout == "swizzled":
+        shape = scales_shape((route.rows, x.K), scale_layout)
+        out = None if scratch is None else scratch("swizzled", shape, torch.uint8)
+        scales = swizzle_scales(scales, out=out)
+    return NVFP4Tensor(codes, scales.view(SCALE_DTYPE), g, scale_layout, x.granularity)
 
 
 def _scatter(name: str, x: Tensor, route: Route, copies: int, scratch, zero: bool = False) -> Tensor:

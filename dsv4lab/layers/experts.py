@@ -11,7 +11,7 @@ from ..gemm import grouped_mm
 from . import expert_math
 from .activation import QuantizedInput
 from .dispatch import Route, check_ids, combine, dispatch, place
-from .shared_expert import fused_swiglu, swiglu, swiglu_bound
+from .shared_expert import swiglu, swiglu_bound, swiglu_product
 from .weights import check_activation
 
 
@@ -88,35 +88,35 @@ class Experts(nn.Module):
             return expert_math.high_precision(self, x, weights, chosen)
         return self._nvfp4(x, weights, dispatch(chosen, self.experts))
 
-    def quantize_input(self, x: Tensor | NVFP4Tensor) -> Tensor | NVFP4Tensor:
-        """x as the first product takes it, under w13's policy."""
-        return self.w13.quantize_input(x)
-
     def _nvfp4(self, x: Tensor | NVFP4Tensor, weights: Tensor, route: Route) -> Tensor:
-        """Products over padded groups; between them only the T k real rows are touched."""
+        """Products over padded groups. Between them plain torch touches the T k real rows alone."""
         scratch = self._scratch(x.device)
-        a = place(self.quantize_input(x), route, route.copies, scratch)
+        rows = self.w13.quantize_input(x, "linear")
+        a = place(rows, route, route.copies, scratch, self.w13.product_layout)
         h = self._hidden(a, weights, route, scratch)
         out = None if scratch is None else scratch("y", (route.rows, self.hidden), torch.bfloat16)
         groups = (route.offsets, route.sizes)
-        y = grouped_mm(h, self.w2.nvfp4_weight(), *groups, backend=self.w2.backend, out=out)
+        y = grouped_mm(h, self.w2.product_weight(), *groups, backend=self.w2.backend, out=out)
         return combine(y, weights if self.route_weight == "after" else None, route)
 
     def _hidden(self, a: Tensor | NVFP4Tensor, weights: Tensor, route: Route, scratch):
         """What the second product takes, in the padded buffer."""
-        groups = (route.offsets, route.sizes)
-        if self.fused:
-            known = self.route_weight == "after"
-            h = fused_swiglu(self.w13, self.w2, a, self.limit, *groups, known=known)
+        groups, layout = (route.offsets, route.sizes), self.w2.product_layout
+        alone = self.route_weight == "after" and self.w2.quantizes_rows_alone()
+        whole = alone and layout == "swizzled"  # the kernels take the buffer as it is, pads and all
+        if self.fused or whole:
+            h = swiglu_product(self.w13, self.w2, a, self.limit, *groups, quantize=alone)
             if isinstance(h, NVFP4Tensor):
                 return h
+            if whole:
+                return self.w2.quantize_input(h)
             rows = h[route.slot]
         else:
-            gate_up = grouped_mm(a, self.w13.nvfp4_weight(), *groups, backend=self.w13.backend)
+            gate_up = grouped_mm(a, self.w13.product_weight(), *groups, backend=self.w13.backend)
             rows = swiglu(gate_up[route.slot], self.limit)
         if self.route_weight == "before":
             rows = (rows.float() * weights.flatten()[:, None]).to(rows.dtype)
-        return place(self.w2.quantize_input(rows), route, 1, scratch)
+        return place(self.w2.quantize_input(rows, "linear"), route, 1, scratch, layout)
 
     def _scratch(self, device: torch.device):
         """Where the padded buffers come from: the model's workspace after a warm-up, else the allocator."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import SCALE_DTYPE, NVFP4Tensor, ceil_to
@@ -27,6 +26,7 @@ class GroupedLinear(QuantizedInput):
     """
 
     policies = ("token", "tensor", "static", "bound", "group")
+    stacked = True
 
     def __init__(self, groups: int, in_features_per_group: int, out_features_per_group: int, *,
                  nvfp4: bool = True, dtype=None, device=None):  # fmt: skip
@@ -51,14 +51,18 @@ class GroupedLinear(QuantizedInput):
         if not self.quantized:
             return self._high_precision(x)
         a = self.quantize_input(x)
+        if isinstance(a, NVFP4Tensor):
+            a = with_scale_layout(a, self.product_layout)
         rows, offsets, sizes = _padded_groups(a)
-        y = grouped_mm(rows, self.nvfp4_weight(), offsets, sizes, backend=self.backend)
+        y = grouped_mm(rows, self.product_weight(), offsets, sizes, backend=self.backend)
         y = y.view(self.groups, -1, self.out_features)[:, : a.shape[1]].transpose(0, 1)
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype if isinstance(x, Tensor) else y.dtype)
 
-    def quantize_input(self, x: Tensor | NVFP4Tensor) -> Tensor | NVFP4Tensor:
+    def quantize_input(
+        self, x: Tensor | NVFP4Tensor, scale_layout: str | None = None
+    ) -> Tensor | NVFP4Tensor:
         """The input (..., G, K) with the groups first, (G, T, K), quantized under the layer's policy."""
-        return super().quantize_input(self._groups_first(x))
+        return super().quantize_input(self._groups_first(x), scale_layout)
 
     def static_scale(self) -> Tensor:
         """The calibrated scale, () or one for each group."""
@@ -122,15 +126,24 @@ class GroupedLinear(QuantizedInput):
 def _padded_groups(a: Tensor | NVFP4Tensor) -> tuple[Tensor | NVFP4Tensor, Tensor, Tensor]:
     """(G, T, K) as padded groups one after the other, with their offsets and sizes."""
     groups, tokens, _ = a.shape
-    pad = ceil_to(tokens, GROUP_ROWS) - tokens
+    padded = ceil_to(tokens, GROUP_ROWS)
 
-    def rows(t: Tensor) -> Tensor:
-        return F.pad(t, (0, 0, 0, pad)).flatten(0, 1)
+    def rows(t: Tensor, fill: int | None = None) -> Tensor:
+        """(G, T, ...) with pads that hold anything, or are filled."""
+        if padded != tokens:
+            held = t.new_empty(groups, padded, *t.shape[2:])
+            held[:, :tokens] = t
+            if fill is not None:
+                held[:, tokens:] = fill
+            t = held
+        return t.flatten(0, 1)
 
     sizes = torch.full((groups,), tokens, dtype=torch.int32, device=a.device)
-    offsets = torch.arange(1, groups + 1, dtype=torch.int32, device=a.device) * (tokens + pad)
+    offsets = torch.arange(1, groups + 1, dtype=torch.int32, device=a.device) * padded
     if isinstance(a, Tensor):
         return rows(a), offsets, sizes
-    scales = rows(a.block_scales.view(torch.uint8)).view(SCALE_DTYPE)
-    g = F.pad(a.global_scale, (0, pad)).flatten() if a.granularity == "token" else a.global_scale
-    return NVFP4Tensor(rows(a.codes), scales, g, "linear", a.granularity), offsets, sizes
+    scales = a.block_scales.view(torch.uint8)
+    scales = rows(scales, fill=0) if a.scale_layout == "linear" else scales.flatten(0, 1)
+    g = rows(a.global_scale) if a.granularity == "token" else a.global_scale
+    scales = scales.view(SCALE_DTYPE)
+    return NVFP4Tensor(rows(a.codes), scales, g, a.scale_layout, a.granularity), offsets, sizes

@@ -40,5 +40,6 @@ class Linear(QuantizedInput):
         if not self.quantized:
             x = self.operand(x)
             return F.linear(x, self.matrix(x.dtype))
-        y = grouped_mm(self.quantize_input(x), self.nvfp4_weight(), backend=self.backend)
-        return y.to(x.dtype) if isinstance(x, Tensor) else y
+        rows = x.reshape(-1, self.in_features) if isinstance(x, Tensor) else x
+        y = grouped_mm(self.quantize_input(rows), self.product_weight(), backend=self.backend)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype) if isinstance(x, Tensor) else y

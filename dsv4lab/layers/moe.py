@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import NVFP4Tensor
-from ..layouts import with_scale_layout
+from .activation import as_rows
 from .experts import Experts
 from .router import Router
 from .shared_expert import SharedExpert
@@ -54,9 +54,9 @@ class MoE(nn.Module):
             (..., H) in x's dtype, bf16 for NVFP4.
         """
         check_activation("x", x, self.hidden)
-        rows = x.reshape(-1, self.hidden) if isinstance(x, Tensor) else _as_rows(x)
+        rows = as_rows(x)
         weights, chosen = self.gate(rows, token_ids)
-        a = self.experts.quantize_input(rows) if self._share_input() else rows
+        a = self.shared_experts.w13.quantize_input(rows) if self._share_input() else rows
         y = self.experts(a, weights, chosen) + self.shared_experts(a).float()
         return y.to(x.dtype if isinstance(x, Tensor) else torch.bfloat16).view(x.shape)
 
@@ -73,13 +73,3 @@ class MoE(nn.Module):
         known = routed.activation_scale in ("static", "bound") and routed.activation_dtype == "nvfp4"
         observed = routed.observer is not None or shared.observer is not None
         return routed.quantized and shared.quantized and same and not known and not observed
-
-
-def _as_rows(x: NVFP4Tensor) -> NVFP4Tensor:
-    """(..., H) as (T, H) with linear block scales."""
-    if len(x.shape) == 2:
-        return x
-    x = with_scale_layout(x, "linear")
-    scales = x.block_scales.reshape(-1, x.block_scales.shape[-1])
-    g = x.global_scale.reshape(-1) if x.granularity == "token" else x.global_scale
-    return NVFP4Tensor(x.codes.reshape(-1, x.codes.shape[-1]), scales, g, "linear", x.granularity)

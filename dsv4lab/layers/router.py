@@ -75,7 +75,7 @@ class Router(QuantizedInput):
     def _logits(self, x: Tensor | NVFP4Tensor) -> Tensor:
         if not self.quantized:
             return F.linear(self.operand(x).float(), self.matrix(torch.float32))
-        return grouped_mm(self.quantize_input(x), self.nvfp4_weight(), backend=self.backend).float()
+        return grouped_mm(self.quantize_input(x), self.product_weight(), backend=self.backend).float()
 
     def _by_token(self, token_ids: Tensor | None, tokens: int) -> Tensor:
         if token_ids is None:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats import GLOBAL_DIVISOR, NVFP4Tensor
-from ..gemm import grouped_mm_swiglu
-from ..quantize import bound_global_scale
+from ..gemm import grouped_mm, grouped_mm_swiglu
+from ..quantize import bound_global_scale, swiglu_quantize
+from .activation import as_rows
 from .linear import Linear
 
 
@@ -77,22 +78,33 @@ class SharedExpert(nn.Module):
         """
         if not self.w13.quantized:
             return self.w2(swiglu(self.w13(x), self.limit))
-        a = self.w13.quantize_input(x)
-        h = fused_swiglu(self.w13, self.w2, a, self.limit) if self.fused else swiglu(self.w13(a), self.limit)
-        y = self.w2(h)
+        a = self.w13.quantize_input(as_rows(x))
+        y = self.w2(swiglu_product(self.w13, self.w2, a, self.limit))
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y.to(x.dtype) if isinstance(x, Tensor) else y
 
 
-def fused_swiglu(w13, w2, a: Tensor | NVFP4Tensor, limit: float | None, offsets=None, sizes=None, known=True):
-    """The first product with SwiGLU in it: bf16, or NVFP4 where w2's global scale is known beforehand.
+def swiglu_product(
+    w13, w2, a: Tensor | NVFP4Tensor, limit: float | None, offsets=None, sizes=None, quantize=True
+):
+    """The first product and SwiGLU: bf16, or NVFP4 where the second product's input can be made at once.
 
     Args:
         w13, w2: the layers of both products.
         a, limit, offsets, sizes: as for grouped_mm_swiglu.
-        known: False keeps bf16 in any case, for callers that change h before it is quantized.
+        quantize: False keeps bf16 in any case, for callers that change h before it is quantized.
     """
-    weight, options = w13.nvfp4_weight(), {"limit": limit, "backend": w13.backend}
-    g = w2.known_scale() if known and w2.quantized and w2.activation_dtype == "nvfp4" else None
-    if g is None or w2.observer is not None:
-        return grouped_mm_swiglu(a, weight, offsets, sizes, **options)
-    return grouped_mm_swiglu(a, weight, offsets, sizes, output="nvfp4", global_scale=g, **options)
+    weight, groups, backend = w13.product_weight(), (offsets, sizes), w13.backend
+    quantize = quantize and w2.quantized and w2.activation_dtype == "nvfp4" and w2.observer is None
+    layout = w2.product_layout if quantize else "linear"
+    if not w13.interleaved:
+        gate_up = grouped_mm(a, weight, *groups, backend=backend)
+        if layout == "linear":
+            return swiglu(gate_up, limit)
+        g = w2.global_scale_of()
+        return swiglu_quantize(gate_up, limit, g, scale_layout=layout, backend=w2.backend)
+    options = {"limit": limit, "backend": backend}
+    g = w2.known_scale() if quantize else None
+    if g is not None:
+        options |= {"output": "nvfp4", "global_scale": g, "scale_layout": layout}
+    return grouped_mm_swiglu(a, weight, *groups, **options)

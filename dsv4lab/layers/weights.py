@@ -8,29 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..formats import SCALE_DTYPE, NVFP4Tensor
-from ..layouts import deinterleave_gate_up, interleave_gate_up
+from ..formats import BLOCK, SCALE_DTYPE, NVFP4Tensor
+from ..layouts import deinterleave_gate_up, interleave_gate_up, swizzle_scales, unswizzle_scales
 from ..quantize import quantize_nvfp4
+from .keep_float32 import KeepsFloat32
 
 NVFP4_NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-
-
-class KeepsFloat32(nn.Module):
-    """A module whose named buffers stay float32 when the module is moved to another dtype.
-
-    Global scales and the router's bias lose their meaning in half precision: 2^-30 is zero there.
-    """
-
-    float32_names: tuple[str, ...] = ()
-
-    def _apply(self, fn, recurse=True):
-        before = {n: self._buffers[n] for n in self.float32_names if self._buffers.get(n) is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
 
 
 class Weight(KeepsFloat32):
@@ -51,13 +34,14 @@ class Weight(KeepsFloat32):
         weight_transform, activation_transform: differentiable functions put on the weight and on the
             input of the high-precision product, None by default; quantization-aware training sets them.
         interleaved: whether gate and up rows of the codes alternate in runs of 8.
+        scale_layout: of `weight_scale`, "linear" or "swizzled".
     """
 
     float32_names = ("weight_scale_2", "input_scale")
 
     def __init__(self, *shape: int, nvfp4: bool = True, parts: int = 1, dtype=None, device=None):
         super().__init__()
-        self.nvfp4, self.parts, self.interleaved = nvfp4, parts, False
+        self.nvfp4, self.parts, self.interleaved, self.scale_layout = nvfp4, parts, False, "linear"
         self.weight = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
         self.weight_transform: Callable[[Tensor], Tensor] | None = None
         self.activation_transform: Callable[[Tensor], Tensor] | None = None
@@ -90,7 +74,7 @@ class Weight(KeepsFloat32):
             g = g.view(-1, 2)
         granularity = "group" if g.dim() else "tensor"
         scales = self.weight_scale.view(SCALE_DTYPE)
-        return NVFP4Tensor(self.weight, scales, g, "linear", granularity, self.interleaved)
+        return NVFP4Tensor(self.weight, scales, g, self.scale_layout, granularity, self.interleaved)
 
     @torch.no_grad()
     def quantize_(self, input_scale: Tensor | float | None = None) -> Weight:
@@ -144,20 +128,40 @@ class Weight(KeepsFloat32):
 
     def set_interleaved(self, interleaved: bool) -> None:
         """Bring gate and up rows of the codes and scales into runs of 8, or back into halves."""
-        if self.quantized and interleaved != self.interleaved:
-            move = interleave_gate_up if interleaved else deinterleave_gate_up
-            self.weight = _counting(move(self.weight))
-            self.weight_scale = _counting(move(self.weight_scale))
+        self._lay_out(("weight", "weight_scale"), interleaved, self.scale_layout)
+
+    def set_scale_layout(self, scale_layout: str) -> None:
+        """Bring the block scales into the order "swizzled" of block-scaled MMAs, or back into "linear"."""
+        self._lay_out(("weight_scale",), self.interleaved, scale_layout)
+
+    def _lay_out(self, names: tuple[str, ...], interleaved: bool, scale_layout: str) -> None:
+        if self.quantized and (interleaved, scale_layout) != (self.interleaved, self.scale_layout):
+            plain = {name: self._plain(name, getattr(self, name)) for name in names}
+            self.interleaved, self.scale_layout = interleaved, scale_layout
+            for name, tensor in plain.items():
+                setattr(self, name, _counting(self._laid_out(name, tensor)))
         self.interleaved = interleaved
+
+    def _plain(self, name: str, tensor: Tensor) -> Tensor:
+        """Codes or block scales of the buffers with gate before up, and linear."""
+        if name == "weight_scale" and self.scale_layout == "swizzled":
+            rows, columns = self.weight.shape[-2], self.K // BLOCK
+            tensor = unswizzle_scales(tensor, rows, columns, backend="reference")
+        return deinterleave_gate_up(tensor) if self.interleaved else tensor
+
+    def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse; in plain torch, which moves a checkpoint's tensors on any device."""
+        tensor = interleave_gate_up(tensor) if self.interleaved else tensor
+        if name == "weight_scale" and self.scale_layout == "swizzled":
+            return swizzle_scales(tensor, backend="reference")
+        return tensor
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.quantized:
             return
         for name in ("weight", "weight_scale"):
-            tensor = destination[prefix + name]
-            tensor = deinterleave_gate_up(tensor) if self.interleaved else tensor
-            destination[prefix + name] = self._as_saved(tensor)
+            destination[prefix + name] = self._as_saved(self._plain(name, destination[prefix + name]))
 
     def _as_saved(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -193,8 +197,7 @@ class Weight(KeepsFloat32):
         if not self.quantized:
             return
         for name, tensor in self._quantize(weight).items():
-            interleave = self.interleaved and name != "weight_scale_2"
-            state_dict[prefix + name] = interleave_gate_up(tensor) if interleave else tensor
+            state_dict[prefix + name] = tensor if name == "weight_scale_2" else self._laid_out(name, tensor)
         if self.input_scale is not None:
             state_dict.setdefault(prefix + "input_scale", self.input_scale)
 
@@ -203,8 +206,7 @@ class Weight(KeepsFloat32):
         for name in ("weight", "weight_scale"):
             tensor = state_dict.get(prefix + name)
             if tensor is not None:
-                tensor = self._as_held(tensor.view(torch.uint8))
-                state_dict[prefix + name] = interleave_gate_up(tensor) if self.interleaved else tensor
+                state_dict[prefix + name] = self._laid_out(name, self._as_held(tensor.view(torch.uint8)))
         g = state_dict.get(prefix + "weight_scale_2")
         if g is not None:
             state_dict[prefix + "weight_scale_2"] = self._spread_scale(g)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -91,13 +91,14 @@ def set_activation_scale_(model: nn.Module, policy: str | Callable) -> dict[str,
 
 
 @torch.no_grad()
-def warmup(model: nn.Module, max_tokens: int, tokens: tuple[int, ...] = (1,)) -> Workspaces:
+def warmup(model: nn.Module, max_tokens: int, tokens: Iterable[int] | None = None) -> Workspaces:
     """Compile and allocate all that steps of up to `max_tokens` tokens need, on the current stream.
 
     Args:
         model: a model whose layers are quantized.
         max_tokens: the largest number of tokens in a step.
-        tokens: further sizes to run once, so that what is compiled for them exists.
+        tokens: further sizes to compile for, which take kernels of their own where they are few; None takes
+            the powers of two. Outside of a capture what is missing is compiled when it is first called.
 
     Returns:
         The model's workspaces, shared by its layers; `on(device).hold()` while a captured graph lives.
@@ -113,18 +114,49 @@ def warmup(model: nn.Module, max_tokens: int, tokens: tuple[int, ...] = (1,)) ->
     shared = next((m.workspaces for m in experts if m.workspaces is not None), None) or Workspaces()
     for layer in experts:
         layer.workspaces = shared
-    for size in (max_tokens, *(t for t in tokens if t < max_tokens)):
-        for layer in model.modules():
-            _run_once(layer, size)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedInput) and layer.quantized:
+            layer.product_weight()
+    sizes = {max_tokens, *(2**i for i in range(max_tokens.bit_length()) if tokens is None), *(tokens or ())}
+    matrices = (p.dtype for p in model.parameters() if p.dim() > 1)
+    dtype = next(matrices, torch.bfloat16)
+    for layer in _one_of_each_kind(model):
+        for size in sorted((s for s in sizes if s <= max_tokens), reverse=True):
+            _run_once(layer, size, dtype)
     return shared
 
 
-def _run_once(layer: nn.Module, tokens: int) -> None:
-    """Run one layer on zeros; those inside an expert run with it."""
-    if not isinstance(layer, Linear | GroupedLinear | SharedExpert | MoE):
-        return
+def _one_of_each_kind(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers, whole experts as one, that differ in what kernels are compiled or memory allocated for."""
+    seen, inside = set(), set()
+    for layer in model.modules():
+        if layer in inside or not isinstance(layer, Linear | GroupedLinear | SharedExpert | MoE):
+            continue
+        inside.update(layer.modules())
+        kind = _kind(layer)
+        if kind not in seen:
+            seen.add(kind)
+            yield layer
+
+
+def _kind(layer: nn.Module) -> tuple:
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    return (
+        type(layer),
+        tuple((name, t.shape, t.dtype, t.device) for name, t in tensors),
+        tuple(
+            (str(m.activation_scale), m.activation_dtype, m.activation_bound, m.interleaved, m.backend)
+            for m in layer.modules()
+            if isinstance(m, QuantizedInput)
+        ),
+        tuple(m.route_weight for m in layer.modules() if isinstance(m, Experts)),
+    )
+
+
+def _run_once(layer: nn.Module, tokens: int, dtype: torch.dtype) -> None:
+    """Run one layer on zeros in its own dtype, or in the given one where it has none."""
     weight = next(layer.parameters(), None)
-    dtype = torch.bfloat16 if weight is None else weight.dtype
+    dtype = dtype if weight is None else weight.dtype
     device = next(layer.buffers()).device if weight is None else weight.device
     zeros = partial(torch.zeros, dtype=dtype, device=device)
     if isinstance(layer, MoE):

@@ -149,11 +149,12 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Low-rank query (B, T, q_lora_rank), queries (B, T, heads, D) scaled and turned, keys (B, T, D)."""
         turn = step.rotation(self.rotation)
-        shared = self.wq_a.quantize_input(x) if self._share_input() else x
-        qr = self.q_norm(self.wq_a(shared).to(x.dtype))
+        shared = self.wq_a.quantize_input(x.flatten(0, 1)) if self._share_input() else x
+        qr = self.q_norm(self.wq_a(shared).view(*x.shape[:2], -1).to(x.dtype))
         q = rms_normalize(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), self.eps)
         q = rotate(q * self.head_dim**-0.5, turn).to(x.dtype)
-        kv = rotate(self.kv_norm(self.wkv(shared).to(x.dtype)), turn).to(x.dtype)
+        kv = self.kv_norm(self.wkv(shared).view(*x.shape[:2], -1).to(x.dtype))
+        kv = rotate(kv, turn).to(x.dtype)
         return qr, q, kv
 
     def _share_input(self) -> bool:

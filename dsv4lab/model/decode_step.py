@@ -54,7 +54,7 @@ class DecodeStep:
             return model(tokens, cache, last_only=True)[:, -1]
 
         def prepare() -> None:
-            held.enter_context(warmup(model, cache.batch).on(device).hold())
+            held.enter_context(warmup(model, cache.batch, tokens=()).on(device).hold())
             run()
             # Whatever a step wrote, the next one at the same position writes again.
             cache.position.sub_(1)
