@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import platform
 import shutil
@@ -119,6 +120,7 @@ def _kernel_backend(name: str) -> Status:
     return Status(not missing, "; ".join(missing))
 
 
+@functools.cache  # reading it takes 0.4 ms, and every call of an operation asks
 def cutlass_dsl_version() -> str | None:
     """The installed version of nvidia-cutlass-dsl, without importing it; None if there is none."""
     try:
