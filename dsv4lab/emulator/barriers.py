@@ -80,6 +80,8 @@ class Barriers:
         """Let the current phase wait for `nbytes` more transaction bytes."""
         barrier = self._live(cta, offset, "told to expect bytes", warp)
         self._add_tx(cta, offset, barrier, nbytes, 1)
+        if warp is not None:
+            barrier.expecting = warp, self.machine.instruction_now()
         self._settle(cta, offset, barrier)
 
     def complete_tx(
@@ -263,10 +265,11 @@ class Barriers:
             return
         for (cta, offset), barrier in self._barriers.items():
             if barrier.tx and self._intact(cta, offset, barrier):
-                raise BarrierError(
+                error = BarrierError(
                     f"wrong transaction count: the kernel ends and {self.describe(cta, offset)} "
                     "still has bytes outstanding"
                 )
+                raise self.machine.blamed(error, cta, *barrier.expecting)
 
 
 def _check_count(count: int, what: Callable[[], str]) -> None:

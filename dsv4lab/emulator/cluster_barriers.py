@@ -40,16 +40,11 @@ class ClusterBarriers:
         """Lanes (n, 32) bool of warps (n,) arrive. Raises BarrierError with row and lane."""
         clusters = warps // self.width
         row, lane = np.nonzero(mask)
-        again = self._arrived[warps[row]] >> lane.astype(np.uint32) & 1 != 0
+        again = self.due[warps[row], lane] >= 0
         if again.any():
-            i = int(np.flatnonzero(again)[0])
-            raise at(
-                BarrierError(
-                    f"{self.describe(int(clusters[row[i]]))} is arrived at a second time in one phase"
-                ),
-                int(row[i]),
-                int(lane[i]),
-            )
+            i = int(again.argmax())
+            what = f"{self.describe(int(clusters[row[i]]))} is arrived at again before it was waited for"
+            raise at(BarrierError(what), int(row[i]), int(lane[i]))
         self.due[warps[row], lane] = self.phase[clusters[row]]
         np.bitwise_or.at(self._arrived, warps, bits_of(mask))
         np.maximum.at(self._latest, clusters, self.machine.time[warps])

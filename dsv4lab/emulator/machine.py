@@ -174,6 +174,14 @@ class Machine:
         self.note_line()
         return self.order.asynchronous(warp, channel, in_order, proxy)
 
+    def blamed(
+        self, error: EmulatorError, cta: int, warp: int | None, instruction: Instruction | None
+    ) -> EmulatorError:
+        """An error found when all warps have ended, about what a warp of a CTA had begun."""
+        error.cta = tuple(self.cta_index[cta].tolist())
+        error.warp = None if warp is None else warp % self.warps_per_cta
+        return error if instruction is None else at_instruction(error, instruction)
+
     def note_line(self) -> None:
         """Tell the race checker which PTX line is being executed."""
         instruction = self.instruction_now()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv4lab.emulator.ptx import Instruction
+
 MAX_COUNT = 2**20 - 1  # of arrivals, expected or pending, and of transaction bytes either way
 _COUNT_BITS, _PHASE_BITS, _TAG_BITS, _TX_BITS = 20, 24, 19, 22
 _VALID = 1 << 63
@@ -18,15 +23,27 @@ class MBarrier:
         latest: model time of the latest arrival in the current phase.
         completed_at: model time at which the phase before it was complete.
         warps: those whose first use was found to come after the initialisation.
+        expecting: warp and instruction that were the last to announce transaction bytes.
         stored: its 8 bytes in shared memory, as last written.
     """
 
-    __slots__ = ("completed_at", "expected", "latest", "pending", "phase", "stored", "tx", "warps")
+    __slots__ = (
+        "completed_at",
+        "expected",
+        "expecting",
+        "latest",
+        "pending",
+        "phase",
+        "stored",
+        "tx",
+        "warps",
+    )
 
     def __init__(self, count: int) -> None:
         self.expected = self.pending = count
         self.tx = self.phase = self.latest = self.completed_at = 0
         self.warps: set[int] = set()
+        self.expecting: tuple[int | None, Instruction | None] = None, None
         self.stored = self.encoded()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4lab.emulator.errors import EmulatorError
+from dsv4lab.emulator.errors import EmulatorError, at
 from dsv4lab.emulator.shadow import Earlier, Kind, Shadow
 from dsv4lab.emulator.vector_clocks import LINES, Access, Clocks
 
@@ -102,12 +102,13 @@ def _line(stamp: int) -> str:
     return f" (PTX line {line})" if line else ""
 
 
-def check_same_instruction(cells: np.ndarray, values: np.ndarray) -> None:
+def check_same_instruction(cells: np.ndarray, values: np.ndarray, mask: np.ndarray | None = None) -> None:
     """Check that lanes of one instruction that store to one cell store the same bits.
 
     Args:
         cells: (m,) int64, where each lane stores: any number that tells addresses apart.
         values: (m,) or (m, k), what it stores.
+        mask: (n, 32) bool, the m lanes in their order, to name one in the error.
     Raises:
         RaceError: two lanes store different values to one address.
     """
@@ -122,9 +123,12 @@ def check_same_instruction(cells: np.ndarray, values: np.ndarray) -> None:
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(len(by_cell), -1)[by_cell]
     differ = same & (octets[1:] != octets[:-1]).any(axis=1)
     if differ.any():
-        at = int(differ.argmax())
-        one, two = (octets[i].tobytes()[::-1].hex() for i in (at, at + 1))
-        raise RaceError(
+        first = int(differ.argmax())
+        one, two = (octets[i].tobytes()[::-1].hex() for i in (first, first + 1))
+        error = RaceError(
             f"race: two lanes store different values, 0x{one} and 0x{two}, to one address in one "
             "instruction: which of them stays is undefined"
         )
+        if mask is not None:
+            at(error, *divmod(int(np.flatnonzero(mask)[by_cell[first + 1]]), mask.shape[1]))
+        raise error

@@ -13,6 +13,7 @@ from dsv4lab.emulator.errors import (
     EmulatorError,
     InstructionLimitError,
     KernelTrap,
+    at,
     at_instruction,
     in_kernel,
 )
@@ -283,14 +284,14 @@ class Scheduler:
         return result
 
     def _switch(self, block: Block, batch: Batch, index: np.ndarray) -> None:
-        """brx.idx: a branch with many targets."""
-        if ((index >= len(block.targets)) & batch.mask).any():
-            raise at_instruction(
-                EmulatorError(f"the index of brx.idx is beyond its {len(block.targets)} targets"), block.end
-            )
+        """brx.idx: a branch with many targets; lanes whose guard is false have the index -1."""
+        beyond = (index >= len(block.targets)) & batch.mask
+        if beyond.any():
+            row, lane = (int(axis[0]) for axis in np.nonzero(beyond))
+            what = f"the index {int(index[row, lane])} of brx.idx is beyond its {len(block.targets)} targets"
+            raise at(at_instruction(EmulatorError(what), block.end), row, lane)
         ways = [(t, (index == i) & batch.mask) for i, t in enumerate(block.targets)]
-        if block.end.guard:
-            raise at_instruction(EmulatorError("a guarded brx.idx is not emulated"), block.end)
+        ways.append((block.following, (index < 0) & batch.mask))
         whole = np.zeros(len(batch), np.bool_)
         for target, mask in ways:
             alike = (mask == batch.mask).all(1)
@@ -304,10 +305,8 @@ class Scheduler:
         """Lanes end."""
         gone = batch.mask if ending is None else ending & batch.mask
         if block.end.op == "trap" and gone.any():
-            row = int(np.nonzero(gone.any(1))[0][0])
-            error = at_instruction(KernelTrap("the kernel stopped itself"), block.end)
-            error.row = row
-            raise error
+            row, lane = (int(axis[0]) for axis in np.nonzero(gone))
+            raise at(at_instruction(KernelTrap("the kernel stopped itself"), block.end), row, lane)
         bits = bits_of(gone)
         alive = self.alive
         np.bitwise_and.at(alive, batch.warps, ~bits)
@@ -351,7 +350,7 @@ class Scheduler:
         if instruction is not None:
             at_instruction(error, instruction)
         if isinstance(error, (DeadlockError, InstructionLimitError)) or current is None:
-            return in_kernel(error, self.program.kernel, None, None)
+            return in_kernel(error, self.program.kernel, error.cta, error.warp)
         batch = current
         row = (
             error.row if error.row is not None and error.row < len(batch) else 0 if len(batch) == 1 else None

@@ -115,7 +115,7 @@ class SharedMemory:
         if self.order is not None:
             self._order(batch, mask, ctas, offsets, nbytes, True, atomic)
             if not atomic:
-                self.order.check_same_instruction(flat[mask], values[mask])
+                self.order.check_same_instruction(flat[mask], values[mask], mask)
         where = flat[mask]
         self._flat[nbytes][where // nbytes] = values[mask]
         if self.written is not None:

@@ -17,6 +17,7 @@ from dsv4lab.emulator.errors import EmulatorError, UninitialisedError, at
 if TYPE_CHECKING:
     from dsv4lab.emulator.happens_before import Access
     from dsv4lab.emulator.machine import Machine
+    from dsv4lab.emulator.ptx import Instruction
 
 LANES, COLUMNS = 128, 512
 _NEVER, _LIVE, _FREED = 0, 1, 2
@@ -43,11 +44,13 @@ class TensorMemory:
         self._live: list[dict[int, int]] = [{} for _ in range(machine.ctas)]
         self._last_size = [COLUMNS] * machine.ctas
         self._relinquished: set[int] = set()
+        # The warp and instruction that allocated last in a CTA.
+        self._allocating: dict[int, tuple[int, Instruction | None]] = {}
         machine.at_end.append(self._at_end)
 
     # Allocation --------------------------------------------------------------------------------------------
 
-    def allocate(self, ctas: Sequence[int], columns: int) -> int | None:
+    def allocate(self, ctas: Sequence[int], columns: int, warp: int = 0) -> int | None:
         """Address of columns that are from now on allocated in all of these CTAs; None if not free now.
 
         Raises:
@@ -64,6 +67,7 @@ class TensorMemory:
             self._state[cta, start : start + columns] = _LIVE
             self._live[cta][start] = columns
             self._last_size[cta] = columns
+            self._allocating[cta] = warp, self.machine.instruction_now()
             if self.written is not None:
                 self.written[cta, :, start : start + columns] = False
         return start
@@ -110,10 +114,8 @@ class TensorMemory:
     def _at_end(self) -> None:
         for cta, live in enumerate(self._live):
             if live and "leaks" in self.machine.checks:
-                index = ", ".join(map(str, np.asarray(self.machine.cta_index)[cta].tolist()))
-                raise TensorMemoryError(
-                    f"CTA ({index}) ends without freeing its tensor memory: {self.describe(cta)}"
-                )
+                what = f"the CTA ends without freeing its tensor memory: {self.describe(cta)}"
+                raise self.machine.blamed(TensorMemoryError(what), cta, *self._allocating[cta])
 
     # Blocks of one CTA -------------------------------------------------------------------------------------
 

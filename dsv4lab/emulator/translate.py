@@ -256,7 +256,11 @@ class _Writer:
         end = self.block.end
         result = None
         if end is not None and end.op == "brx":
-            result = self.read(end.operands[0], "u32").name
+            index, guard = self.read(end.operands[0], "u32").name, self.guard(end)
+            result = self.name()
+            self.emit(f"{result} = {index}.astype(i8)")
+            if guard:
+                self.emit(f"{result} = select({guard}, {result}, {self.known(constant(-1, 's64'), 'c')})")
         elif end is not None and end.guard:
             result = self.guard(end)
         stored = [index for index in self.written if self.block.live >> index & 1]

@@ -46,6 +46,7 @@ class Warpgroups:
         self._come: dict[tuple[int, int], dict[int, tuple]] = {}
         self._may_go: set[tuple[int, int]] = set()
         self._open: dict[int, Access | None] = {}
+        self._issued: dict[int, Instruction | None] = {}
         self._groups: dict[int, deque[tuple[Access | None, int]]] = {}
         if "leaks" in machine.checks:
             machine.at_end.append(self._check_end)
@@ -112,6 +113,7 @@ class Warpgroups:
         """Token of an mma_async that a warp issues now."""
         if not self.fenced[warp]:
             raise WarpgroupError("the warp has executed no wgmma.fence before its first wgmma.mma_async")
+        self._issued[warp] = self.machine.instruction_now()
         self._open[warp] = self.machine.access_async(warp, ("wgmma", warp), in_order=True)
         return self._open[warp]
 
@@ -144,9 +146,7 @@ class Warpgroups:
     def _check_end(self) -> None:
         """Raises WarpgroupError for operations that nobody has waited for when the kernel ends."""
         for warp in sorted({*self._open, *(warp for warp, groups in self._groups.items() if groups)}):
-            cta, inside = divmod(warp, self.machine.warps_per_cta)
             what = "committed" if warp in self._open else "waited for"
-            raise WarpgroupError(
-                f"warp {inside} of CTA {tuple(map(int, self.machine.cta_index[cta]))} has ended with "
-                f"wgmma.mma_async operations that it has not {what}"
-            )
+            error = WarpgroupError(f"the warp has ended with wgmma.mma_async operations it has not {what}")
+            cta = warp // self.machine.warps_per_cta
+            raise self.machine.blamed(error, cta, warp, self._issued.get(warp))

@@ -52,7 +52,7 @@ class Op:
             case "brx":
                 index, *labels = self.sources
                 table = f" T{number}: .branchtargets {', '.join(labels)};\n"
-                return f"{table} and.b32 %t0, %{index}, {len(labels) - 1};\n brx.idx %t0, T{number};"
+                return f"{table} and.b32 %t0, %{index}, {len(labels) - 1};\n {guard}brx.idx %t0, T{number};"
             case "ret":
                 return f" {guard}ret;"
             case "bar":
@@ -286,7 +286,7 @@ class Generator:
             self._add("bra", to=self.dice.choice(names), guard=self._predicate())
         elif kind == 3:
             targets = [self.dice.choice(names) for _ in range(self.dice.choice((2, 4)))]
-            self._add("brx", sources=(self._register("r"), *targets))
+            self._add("brx", sources=(self._register("r"), *targets), guard=self._perhaps())
         elif kind == 4 and self.exits:
             self._add("ret", guard=self._predicate())
 
@@ -303,6 +303,10 @@ class Generator:
 
     def _predicate(self) -> str:
         return self.dice.choice(("", "!")) + self.dice.choice(PREDICATES)
+
+    def _perhaps(self) -> str:
+        """A guard for some."""
+        return self._predicate() if self.dice.random() < 0.3 else ""
 
     def _statements(self, count: int, together: bool, depth: int) -> None:
         for _ in range(count):
@@ -358,7 +362,7 @@ class Generator:
 
     def _switch(self, count: int, depth: int) -> None:
         ways, end = [self._label() for _ in range(self.dice.choice((2, 4)))], self._label()
-        self._add("brx", sources=(self._register("r"), *ways))
+        self._add("brx", sources=(self._register("r"), *ways), guard=self._perhaps())
         for way in ways:
             self._add("label", to=way)
             self._statements(self.dice.randrange(count), False, depth + 1)
@@ -380,7 +384,7 @@ class Generator:
         self._add("bar")
 
     def _simple(self) -> None:
-        guard = self._predicate() if self.dice.random() < 0.3 else ""
+        guard = self._perhaps()
         kind = self.dice.randrange(12)
         if kind < 6:
             self._arithmetic(guard)

@@ -484,7 +484,7 @@ def test_misuse_of_the_cluster_barrier(run):
     assert (caught.value.warp, caught.value.lane) == (2, 6)
     with fails(BarrierError, "phase 1", "waited for without an arrival"):
         run(MEET + "barrier.cluster.wait;", 64, ctas=2)
-    with fails(BarrierError, "is arrived at a second time in one phase"):
+    with fails(BarrierError, "is arrived at again before it was waited for"):
         run("setp.eq.u32 %p1, %r6, 0; @%p1 barrier.cluster.arrive; @%p1 barrier.cluster.arrive;", 64, ctas=2)
     with fails(DeadlockError, "barrier of the cluster", "phase 0, 127 of 128 threads have arrived"):
         body = "setp.ne.u32 %p1, %r7, 70; @%p1 barrier.cluster.arrive; @%p1 barrier.cluster.wait; bar.sync 0;"

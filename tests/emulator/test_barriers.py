@@ -43,6 +43,7 @@ def machine(ctas: int = 4, cluster: int = 2, order: Order | None = None) -> type
     woken: list = []
     return types.SimpleNamespace(
         shared=Shared(ctas), cluster_size=cluster, order=order, at_end=[], woken=woken, wake=woken.append,
+        instruction_now=lambda: None, blamed=lambda error, *_: error,
         checks=frozenset({"barriers"}), time=np.zeros(8, np.int64), access=lambda warp: ("access", warp),
         cta_index=np.array([[c, 0, 0] for c in range(ctas)]), counters=Counter(),
     )  # fmt: skip

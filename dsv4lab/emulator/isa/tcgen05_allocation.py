@@ -112,7 +112,7 @@ def _allocated(batch: Batch, row: int, tensor: TensorMemory, group: int, columns
     """Address that a row's CTA gets; None if the row has to wait."""
     cta = int(batch.ctas[row])
     if group == 1:
-        place = tensor.allocate((cta,), columns)
+        place = tensor.allocate((cta,), columns, int(batch.warps[row]))
         if place is None:
             _park_for_columns(batch, row, tensor, columns)
         return place
@@ -127,7 +127,7 @@ def _allocated(batch: Batch, row: int, tensor: TensorMemory, group: int, columns
         return None
     if other != columns:
         raise TensorMemoryError(f"the CTAs of a pair allocate {columns} and {other} columns together")
-    place = tensor.allocate((cta, peer), columns)
+    place = tensor.allocate((cta, peer), columns, int(batch.warps[row]))
     if place is None:
         _park_for_columns(batch, row, tensor, columns)
         return None
