@@ -20,9 +20,12 @@ from dsv4lab.emulator.errors import (
 from dsv4lab.emulator.machine import Machine
 from dsv4lab.emulator.program import Block
 from dsv4lab.emulator.translate import compile_block
+from dsv4lab.emulator.waits import Reason
 
 # One choice in this many ignores what would be fastest, so that races come to light in some order.
 _WHIM = 12
+# Keys of warps and lanes that only wait for each other: that they have met changes nothing for others.
+_MEETINGS = ("lanes", "bar", "cluster", "wgmma")
 
 
 class Scheduler:
@@ -40,7 +43,9 @@ class Scheduler:
         self.program = machine.program
         self.dice = machine.dice
         self.ready: dict[tuple[int, bool], list[Batch]] = {}
-        self.parked: dict[Hashable, list[tuple[int, Batch, str]]] = {}
+        self.parked: dict[Hashable, list[tuple[int, Batch, Reason | str]]] = {}
+        # Rows that have given up waiting since something last changed: warp, block and what it waited for.
+        self.given_up: set[tuple[int, int, Hashable]] = set()
         self.frames = Frames()
         self.alive = machine.alive
         self.left = machine.warps
@@ -162,6 +167,8 @@ class Scheduler:
         return batch.take(stay) if stay.any() else None
 
     def _unpark(self) -> None:
+        if any(key[0] not in _MEETINGS for key in self.machine.woken):
+            self.given_up.clear()
         for key in self.machine.woken:
             for block, batch, _ in self.parked.pop(key, ()):
                 self._put(block, batch)
@@ -171,10 +178,30 @@ class Scheduler:
         """No row is ready: perform all that is under way, so that rows wake together."""
         machine = self.machine
         if not machine.pending:
-            raise self._deadlock()
+            if not self._give_up():
+                raise self._deadlock()
+            return
         # What this puts under way in turn waits until rows have run again.
         for _ in range(machine.pending):
             machine.perform()
+
+    def _give_up(self) -> bool:
+        """Rows that wait only for a time go on, each once until something changes. Whether there are any."""
+        found = False
+        for key, entries in list(self.parked.items()):
+            stay = []
+            for entry in entries:
+                block, batch, reason = entry
+                place = (int(batch.warps[0]), block, key)
+                if place in self.given_up or getattr(reason, "give_up", None) is None:
+                    stay.append(entry)
+                    continue
+                found = True
+                self.given_up.add(place)
+                reason.give_up()
+                self._put(block, batch)
+            self.parked[key] = stay
+        return found
 
     def _deadlock(self) -> DeadlockError:
         waiting = [entry for entries in self.parked.values() for entry in entries]

@@ -13,10 +13,16 @@ if TYPE_CHECKING:
 
 
 class Reason:
-    """Says what a row waits for at the moment when somebody asks: the barrier's counts as they are then."""
+    """Says what a row waits for at the moment when somebody asks: the barrier's counts as they are then.
 
-    def __init__(self, describe: Callable[[], str]) -> None:
+    Args:
+        describe: says it.
+        give_up: for an instruction that waits only for a time: lets the row go on without what it waits for.
+    """
+
+    def __init__(self, describe: Callable[[], str], give_up: Callable[[], None] | None = None) -> None:
         self._describe = describe
+        self.give_up = give_up
 
     def __str__(self) -> str:
         return self._describe()
@@ -30,14 +36,20 @@ class Waits:
         self._since: dict[tuple[int, int], int] = {}
 
     def park(
-        self, batch: Batch, row: int, ins: Instruction, key: Hashable, describe: Callable[[], str]
+        self,
+        batch: Batch,
+        row: int,
+        ins: Instruction,
+        key: Hashable,
+        describe: Callable[[], str],
+        give_up: Callable[[], None] | None = None,
     ) -> None:
-        """Park a row at an instruction; `describe` is asked for the reason if nothing can go on."""
+        """Park a row at an instruction; `describe` and `give_up` are as of Reason."""
         warp = int(batch.warps[row])
         if (warp, ins.line) not in self._since:
             self._since[warp, ins.line] = int(self.machine.time[warp])
             self.machine.counters["barrier.parked"] += 1
-        batch.park(row, key, Reason(describe))
+        batch.park(row, key, Reason(describe, give_up))
 
     def done(self, warp: int, ins: Instruction, asked: int, until: int, **detail: Any) -> None:
         """A warp that asked at model time `asked` goes on at `until` or before: count and trace its wait.

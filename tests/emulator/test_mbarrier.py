@@ -244,6 +244,46 @@ MEET:
 
 
 @SEEDS
+def test_two_barriers_asked_in_turn(run, seed):
+    """Asked for the first one again and again, which completes last, a warp must get round to the second."""
+    body = f"""
+ setp.ge.u32 %p2, %r1, 32; @%p2 bra OTHER;
+ mov.u32 %r100, 0;
+POLL:
+ mbarrier.try_wait.parity.shared.b64 %p3, [%r5], 0;
+ @%p3 bra ON;
+ mbarrier.try_wait.parity.shared.b64 %p4, [%r5+8], 0;
+ @%p4 mbarrier.arrive.shared.b64 _, [%r5+16];
+ bra POLL;
+OTHER:
+ setp.ne.u32 %p5, %r1, 32;
+{pause("SLOW")}
+ @%p5 bra WAIT;
+ mbarrier.arrive.shared.b64 _, [%r5+8];
+{spin(0, "[%r5+16]")}
+ @!%p5 mbarrier.arrive.shared.b64 _, [%r5];
+ON: mov.u32 %r100, 5;
+"""
+    assert run(body, block=64, counts=(1, 1, 32), seed=seed) == [5] * 64
+
+
+def test_barriers_asked_in_turn_that_nobody_completes(run):
+    """With a barrier in the loop, at which warps meet again and again without getting anywhere."""
+    body = """
+POLL:
+ mbarrier.try_wait.parity.shared.b64 %p3, [%r5], 0;
+ @%p3 bra ON;
+ mbarrier.try_wait.parity.shared.b64 %p3, [%r5+8], 0;
+ @%p3 bra ON;
+ bar.sync 0;
+ bra POLL;
+ON: mov.u32 %r100, 5;
+"""
+    with pytest.raises(DeadlockError, match="warp 1 waits at PTX line"):
+        run(body, block=64, counts=(1, 1))
+
+
+@SEEDS
 def test_a_ring_of_stages(run, seed):
     # One warp fills two stages 20 times, the other empties them. Full barriers are at 0 and 8, empty ones at
     # 16 and 24.

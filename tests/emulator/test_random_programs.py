@@ -58,13 +58,13 @@ def unstructured(programs, seed):
     check(programs, seed, maker.unstructured(3 + seed % 9, 25), BLOCKS[seed % len(BLOCKS)], True)
 
 
-@pytest.mark.parametrize("first", range(0, 100, 20))
+@pytest.mark.parametrize("first", range(0, 60, 20))
 def test_branches_and_loops_within_each_other(random_programs, first):
     for seed in range(first, first + 20):
         structured(random_programs, seed)
 
 
-@pytest.mark.parametrize("first", range(0, 100, 20))
+@pytest.mark.parametrize("first", range(0, 60, 20))
 def test_jumps_to_anywhere(random_programs, first):
     for seed in range(first, first + 20):
         unstructured(random_programs, seed)

@@ -2,11 +2,13 @@
 
 A try_wait that finds its phase incomplete answers false the first time a warp asks at that instruction for
 that phase, since pipelines peek at stages that only their own later steps fill. Asked again, it parks the row
-until the phase is complete. test_wait never parks.
+until the phase is complete, or until no warp can go on: then its time is over and it answers false once more.
+test_wait never parks.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +31,7 @@ class _Attempts:
 
     def __init__(self, machine: Machine) -> None:
         self.failed: dict[int, set[tuple]] = {}
+        self.given_up: set[tuple[int, int]] = set()
 
     def again(self, warp: int, question: tuple) -> bool:
         """Whether the warp has asked this before; if not, it has now."""
@@ -37,6 +40,17 @@ class _Attempts:
             return True
         asked.add(question)
         return False
+
+    def give_up(self, warp: int, line: int) -> None:
+        """The warp's time at an instruction is over."""
+        self.given_up.add((warp, line))
+
+    def goes_on(self, warp: int, line: int) -> bool:
+        """Whether it was, which counts once."""
+        place = (warp, line)
+        found = place in self.given_up
+        self.given_up.discard(place)
+        return found
 
     def forget(self, warp: int, line: int) -> None:
         """The warp goes on from an instruction."""
@@ -89,7 +103,9 @@ class _Waiter:
             return
         if len(open_) < len(parts):
             attempts.forget(warp, self.ins.line)
-        elif self._asked_before(attempts, barriers, warp, open_):
+        elif self._asked_before(attempts, barriers, warp, open_) and not attempts.goes_on(
+            warp, self.ins.line
+        ):
             self._park(batch, row, barriers, open_)
 
     def _go_on(self, machine: Machine, barriers: Barriers, where: tuple[int, int], warp: int) -> None:
@@ -119,4 +135,6 @@ class _Waiter:
                 for where, want in open_
             )
 
-        batch.machine.state(Waits).park(batch, row, self.ins, key, describe)
+        machine, warp = batch.machine, int(batch.warps[row])
+        give_up = partial(machine.state(_Attempts).give_up, warp, self.ins.line)
+        machine.state(Waits).park(batch, row, self.ins, key, describe, give_up)
