@@ -94,8 +94,9 @@ def encode(block: list[Uint32], step: Float32, has_e2m1: bool) -> tuple[Uint32, 
         step: s g; blocks for which it is NaN get codes 0.
         has_e2m1: whether the architecture converts to E2M1.
     """
-    # -0 is no larger than 0 either, and NaN than nothing.
-    r = select("gt.f32", step, 0.0, ptx.rcp(step), 0.0)
+    # -0 is no larger than 0 either, and NaN than nothing. The reciprocal of 1 takes the short way.
+    usable = select("gt.f32", step, 0.0, step, 1.0)
+    r = select("gt.f32", step, 0.0, ptx.rcp(usable), 0.0)
     half = len(block) // 2
     if has_e2m1:
         kept = select("nan.f32", step, step, 0, 0xFFFFFFFF, "r")
@@ -105,7 +106,7 @@ def encode(block: list[Uint32], step: Float32, has_e2m1: bool) -> tuple[Uint32, 
         kept = select("nan.f32", step, step, 0, 0xFFFFFFFF, "r")
         return tuple(both(_encode_singles(part, r), kept) for part in (block[:half], block[half:]))
     # What is beyond 6 may as well be 6.5: then no code is above 7. The limit as bf16, twice in a word.
-    limit = bits(mul(select("gt.f32", step, 0.0, step, 0.0), _BEYOND_SIX))
+    limit = bits(mul(usable, _BEYOND_SIX))
     limit = ptx.permute(limit, limit, 0x3232)
     signs = select("nan.f32", step, step, 0, 0x88888888, "r")
     return tuple(_encode_words(part, r, limit, signs) for part in (block[:half], block[half:]))

@@ -63,10 +63,10 @@ def cluster_teams(source: str, rows: int, columns: int) -> Teams | None:
     """For a matrix that a CTA, or a cluster of them, holds at one block a thread; None if none can."""
     team = _team(columns, 1)
     most = _largest(source) // team
+    # As many teams as there may be, not as few as will do: one kernel then serves all these numbers of rows.
     for cluster in (1, CLUSTER):
         if rows <= cluster * most:
-            wanted = max(_power_of_two(-(-rows // cluster)), 32 // team)
-            return Teams(team, 1, min(wanted, most), cluster=cluster)
+            return Teams(team, 1, most, cluster=cluster)
     return None
 
 

@@ -68,6 +68,8 @@ def _quantize_rows(
         matrix_high = Uint32(0)
         for tile in cutlass.range(x, tiles, step_x, unroll=1):
             r = tile * form.teams + mine
+            if cutlass.const_expr(form.scale == "cluster"):
+                r = mine * form.cluster + x  # few rows are one for each CTA
             if cutlass.const_expr(form.scale == "partials"):
                 # The launch before went the other way: what it read last may still be in the L2 cache.
                 r = (tiles - 1 - tile) * form.teams + mine

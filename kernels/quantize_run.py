@@ -155,15 +155,15 @@ class _Call:
     """One call of an operation: the launches of each policy."""
 
     def __init__(self, source, granularity, divisor, swizzled, codes, scales, g, rrms, kept) -> None:
+        shape, device = source.shape, source.x.device
+        apart = granularity == "group" or (swizzled and len(shape) == 3)
+        self.of = granularity
+        self.size = Rows.of(shape, (apart and math.prod(shape[:-1]) > 0) or granularity == "group")
         self.source = dataclasses.replace(source, x=kernel_input(source.x))
         self.fields = self.source.form() | {"swizzled": swizzled, "keeps": kept is not None}
         self.codes, self.scales, self.g, self.rrms, self.kept = codes, scales, g, rrms, kept
         self.granularity, self.divisor = granularity, divisor
         self.output = "scale" if codes is None else "codes"
-        shape, device = source.shape, source.x.device
-        apart = granularity == "group" or (swizzled and len(shape) == 3)
-        self.of = granularity
-        self.size = Rows.of(shape, (apart and math.prod(shape[:-1]) > 0) or granularity == "group")
         self.sm_count = plan.sm_count(device)
 
     @property
