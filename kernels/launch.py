@@ -22,7 +22,7 @@ import torch
 from cutlass import cute
 from cutlass.cute.runtime import make_ptr
 
-from dsv4lab.emulator import Device, current_device
+from dsv4lab.emulator import Device, Module, current_device
 
 ELEMENTS = {
     torch.float32: cutlass.Float32,
@@ -112,6 +112,14 @@ def launch(make: Factory, config: tuple, arguments: Sequence[Argument]) -> None:
     finally:
         for tensor in held:
             emulated.release(tensor)
+
+
+def compiled_for(device: Device) -> dict[tuple[Factory, tuple], Module]:
+    """What was compiled for an emulated GPU, by factory and configuration."""
+    return {
+        (make, config): function.host.module
+        for (make, config, _), function in _emulated.get(device, {}).items()
+    }
 
 
 def _device_of(tensors: list[torch.Tensor]) -> torch.device:
