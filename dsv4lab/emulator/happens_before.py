@@ -120,9 +120,13 @@ class HappensBefore:
         """What the warp did is published with the key, which belongs to its cluster: an arrival."""
         self.clocks.release(warp, key)
 
-    def release_access(self, access: Access, key: Hashable) -> None:
-        """What an asynchronous operation did is published with the key."""
-        self.clocks.release_access(access, key)
+    def release_access(self, access: Access, key: Hashable, alone: bool = False) -> None:
+        """What an asynchronous operation did is published with the key.
+
+        Unless alone, with it all that was ordered before its issue; alone, its own accesses and those of the
+        earlier operations of its channel, if that is in order.
+        """
+        self.clocks.release_access(access, key, alone)
 
     def complete(self, key: Hashable) -> None:
         """The phase of the key is complete: what was published until now is to be seen."""

@@ -186,10 +186,11 @@ class Clocks:
         self._tick(warp)
         return Access(warp, slot.actor, stamp, proxy, known, slot)
 
-    def release_access(self, access: Access, key: Hashable) -> None:
-        """What an operation did, and what was ordered before its issue, is published with the key."""
+    def release_access(self, access: Access, key: Hashable, alone: bool = False) -> None:
+        """What an operation did and, unless alone, what was ordered before its issue, is published."""
         pending = self._key(key).pending
-        np.maximum(pending, self._widened(access.known), out=pending)
+        if not alone:
+            np.maximum(pending, self._widened(access.known), out=pending)
         pending[SEEN, access.actor] = max(int(pending[SEEN, access.actor]), access.stamp | LINES)
         if access.slot is not None:
             access.slot.running -= 1

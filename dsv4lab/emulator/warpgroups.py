@@ -1,7 +1,8 @@
 """What warpgroups have under way: who has come to a wgmma.mma_async, its groups, fences and model time.
 
-A warpgroup is four warps of a CTA whose first one's index is a multiple of 4. All four execute mma_async
-together: those that come first wait for the others.
+A warpgroup is four warps of a CTA whose first one's index is a multiple of 4. An mma_async is one operation
+of all four: those that come first wait for the others, it reads its operands once when the last has come, and
+a warp that has waited for it knows that it is complete for all.
 
 Model time, for the timeline only: the tensor cores of an SM do so many multiply-adds a cycle; 2048 of fp16
 are H100's 989 TFLOPS dense with 132 SMs at 1.83 GHz.
@@ -10,7 +11,8 @@ are H100's 989 TFLOPS dense with 132 SMs at 1.83 GHz.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 WARPS = 4
 MULTIPLY_ADDS_PER_CYCLE = {"tf32": 1024, "f16": 2048, "f8f6f4": 4096, "i8": 4096}
+# Of one operation, as an access of each warp; None without the race check.
+Tokens = tuple["Access | None", ...]
 
 
 class WarpgroupError(EmulatorError):
@@ -44,10 +48,10 @@ class Warpgroups:
         self._free = np.zeros(machine.ctas, np.int64)
         self._end = np.zeros(machine.warps, np.int64)
         self._come: dict[tuple[int, int], dict[int, tuple]] = {}
-        self._may_go: set[tuple[int, int]] = set()
-        self._open: dict[int, Access | None] = {}
+        self._may_go: dict[tuple[int, int], Any] = {}
+        self._open: dict[int, Tokens] = {}
         self._issued: dict[int, Instruction | None] = {}
-        self._groups: dict[int, deque[tuple[Access | None, int]]] = {}
+        self._groups: dict[int, deque[tuple[Tokens, int]]] = {}
         if "leaks" in machine.checks:
             machine.at_end.append(self._check_end)
 
@@ -58,8 +62,13 @@ class Warpgroups:
         return warp - warp % self.machine.warps_per_cta % WARPS
 
     def gather(
-        self, batch: Batch, rows: np.ndarray, same: list[tuple], ins: Instruction
-    ) -> dict[int, list[int]]:
+        self,
+        batch: Batch,
+        rows: np.ndarray,
+        same: list[tuple],
+        ins: Instruction,
+        begin: Callable[[int, tuple], Any],
+    ) -> dict[int, tuple[list[int], Any]]:
         """Rows that execute an mma_async now, by the first warp of their warpgroup; the others are parked.
 
         Args:
@@ -67,40 +76,64 @@ class Warpgroups:
             rows: those that execute the instruction.
             same: for each row of the batch, what the warps of a warpgroup must agree on.
             ins: the instruction.
+            begin: called once for each operation, when its last warp has come, with the first warp and what
+                they agree on. What it returns is returned with the rows.
         Raises:
             WarpgroupError: where they do not.
         """
         groups: dict[int, list[int]] = {}
         for row in rows.tolist():
             groups.setdefault(self.first_warp(int(batch.warps[row])), []).append(row)
-        return {
-            first: go for first, those in groups.items() if (go := self._go(batch, first, those, same, ins))
-        }
+        found = {}
+        for first, those in groups.items():
+            go, begun = self._go(batch, first, those, same, ins, begin)
+            if go:
+                found[first] = go, begun
+        return found
 
     def _go(
-        self, batch: Batch, first: int, rows: list[int], same: list[tuple], ins: Instruction
-    ) -> list[int]:
+        self,
+        batch: Batch,
+        first: int,
+        rows: list[int],
+        same: list[tuple],
+        ins: Instruction,
+        begin: Callable[[int, tuple], Any],
+    ) -> tuple[list[int], Any]:
         warps = [int(batch.warps[row]) for row in rows]
         free = [row for row, warp in zip(rows, warps, strict=True) if (warp, ins.line) in self._may_go]
         if free:
-            self._may_go -= {(int(batch.warps[row]), ins.line) for row in free}
-            return free
+            begun = [self._may_go.pop((int(batch.warps[row]), ins.line)) for row in free]
+            return free, begun[0]
         come = self._come.setdefault((first, ins.line), {})
         come.update((warp, same[row]) for row, warp in zip(rows, warps, strict=True))
         if len(come) == WARPS:
-            del self._come[first, ins.line]
-            if len(set(come.values())) > 1:
-                raise at(
-                    WarpgroupError(f"the warps of a warpgroup do not agree on the operands of {ins.opcode}"),
-                    rows[0],
-                )
-            if len(rows) < WARPS:
-                self._may_go |= {(warp, ins.line) for warp in come if warp not in warps}
-                self.machine.wake(("wgmma", first, ins.line))
-            return rows
+            return rows, self._begin(rows, warps, first, ins, begin)
         for row in rows:
             batch.park(row, ("wgmma", first, ins.line), Reason(lambda: self._missing(first, come)))
-        return []
+        return [], None
+
+    def _begin(
+        self,
+        rows: list[int],
+        warps: list[int],
+        first: int,
+        ins: Instruction,
+        begin: Callable[[int, tuple], Any],
+    ) -> Any:
+        """All have come, these last: the operation begins, for those that wait too."""
+        come = self._come.pop((first, ins.line))
+        if len(set(come.values())) > 1:
+            what = f"the warps of a warpgroup do not agree on the operands of {ins.opcode}"
+            raise at(WarpgroupError(what), rows[0])
+        try:
+            begun = begin(first, come[warps[0]])
+        except EmulatorError as error:
+            raise at(error, rows[0]) from None
+        if len(rows) < WARPS:
+            self._may_go.update({(warp, ins.line): begun for warp in come if warp not in warps})
+            self.machine.wake(("wgmma", first, ins.line))
+        return begun
 
     def _missing(self, first: int, come: dict[int, tuple]) -> str:
         cta = first - first % self.machine.warps_per_cta
@@ -109,13 +142,15 @@ class Warpgroups:
 
     # Operations, groups, time ------------------------------------------------------------------------------
 
-    def issue(self, warp: int) -> Access | None:
-        """Token of an mma_async that a warp issues now."""
-        if not self.fenced[warp]:
+    def issue(self, first: int) -> Tokens:
+        """Tokens of an mma_async that the four warps from `first` on issue now, one for each."""
+        warps = range(first, first + WARPS)
+        if not self.fenced[first : first + WARPS].all():
             raise WarpgroupError("the warp has executed no wgmma.fence before its first wgmma.mma_async")
-        self._issued[warp] = self.machine.instruction_now()
-        self._open[warp] = self.machine.access_async(warp, ("wgmma", warp), in_order=True)
-        return self._open[warp]
+        tokens = tuple(self.machine.access_async(warp, ("wgmma", warp), in_order=True) for warp in warps)
+        self._open.update(dict.fromkeys(warps, tokens))
+        self._issued.update(dict.fromkeys(warps, self.machine.instruction_now()))
+        return tokens
 
     def occupy(self, first: int, kind: str, multiply_adds: int) -> tuple[int, int]:
         """Model time from and until which the tensor cores work on an operation that is issued now."""
@@ -128,17 +163,18 @@ class Warpgroups:
     def commit(self, warp: int) -> None:
         """What a warp has issued since the last commit becomes a group, empty or not."""
         groups = self._groups.setdefault(warp, deque())
-        groups.append((self._open.pop(warp, None), int(self._end[warp])))
+        groups.append((self._open.pop(warp, ()), int(self._end[warp])))
 
     def wait(self, warp: int, pending: int) -> int:
         """All but the last `pending` groups of a warp are to be complete; returns the model time of that."""
         groups, order, time = self._groups.get(warp, ()), self.machine.order, 0
         while len(groups) > pending:
-            token, end = groups.popleft()
+            tokens, end = groups.popleft()
             time = max(time, end)
-            if order is not None and token is not None:
-                # The operations of a warp are in order: the last one of a group stands for it.
-                order.release_access(token, ("wgmma", warp))
+            if order is not None:
+                # The operations of a warpgroup are in order: the last one of a group stands for it.
+                for token in tokens:
+                    order.release_access(token, ("wgmma", warp), alone=token.warp != warp)
                 order.complete(("wgmma", warp))
                 order.acquire(warp, ("wgmma", warp))
         return time

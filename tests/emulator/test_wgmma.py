@@ -381,6 +381,64 @@ def test_operands_that_are_overwritten(ptx_kernel):
         run(ptx_kernel, case, f"{FENCE} {one_left} {over} {WAIT}")
 
 
+# Which 16 bytes of A, 2048 bytes long, a lane (%r7) of a warp (%r9) is to copy, for %r10.
+OWN_ROWS = {
+    # 32 bytes a row.
+    "K": "shl.b32 %r10, %r9, 5; add.u32 %r10, %r10, %r7;",
+    # 128 bytes for each k: of its 8 chunks the warp's two, at places that the swizzle decides.
+    "MN": """
+ shr.u32 %r10, %r7, 1; and.b32 %r11, %r10, 7; shl.b32 %r10, %r10, 3; and.b32 %r12, %r7, 1;
+ shl.b32 %r9, %r9, 1; add.u32 %r12, %r12, %r9; xor.b32 %r12, %r12, %r11; add.u32 %r10, %r10, %r12;
+""",
+}
+
+
+@pytest.mark.parametrize("major", ["K", "MN"])
+def test_a_warp_reads_its_rows_of_a(ptx_kernel, major):
+    """A warp that has written the rows of A which are its own needs no other warp's word; for B it does."""
+    copy = """
+ mul.wide.u32 %rd4, %r10, 16; add.s64 %rd5, %rd1, %rd4; ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd5];
+ add.s64 %rd6, %rd10, %rd4; st.shared.v4.b32 [%rd6], {%r3, %r4, %r5, %r6};
+"""
+    start = f"""
+ and.b32 %r7, %r1, 31; shr.u32 %r9, %r1, 5; mov.u32 %r8, smem; cvt.u64.u32 %rd10, %r8;
+ setp.ge.u32 %p3, %r1, 64; @%p3 bra COPIED; add.u32 %r10, %r1, {(B_AT - 1024) // 16}; {copy}
+COPIED: fence.proxy.async.shared::cta; bar.sync 0;
+ {OWN_ROWS[major]} {copy} fence.proxy.async.shared::cta;
+"""
+    case = Case(8, "f16", "f16", "f32", major_a=major, swizzle="32B" if major == "K" else "128B")
+    d, _ = run(ptx_kernel, case, start=start)
+    np.testing.assert_array_equal(d, case.expected())
+    with pytest.raises(RaceError):
+        run(ptx_kernel, case, start=start.replace("bar.sync 0;", ""), checks={"race"})
+    with pytest.raises(RaceError):
+        run(
+            ptx_kernel,
+            case,
+            start=start.replace("shr.u32 %r9, %r1, 5;", "shr.u32 %r9, %r1, 5; xor.b32 %r9, %r9, 1;"),
+        )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_warp_waits_for_all_four(ptx_kernel, seed):
+    """A warp that has waited may overwrite what the others read; what they did before, it does not know."""
+    case = Case(64, "f16", "f16", "f32", swizzle="32B")
+    slow = """
+ shr.u32 %r9, %r1, 5; mul.lo.u32 %r9, %r9, 7;
+SPIN: setp.eq.u32 %p3, %r9, 0; @%p3 bra READY; sub.u32 %r9, %r9, 1; bra SPIN;
+READY: mul.wide.u32 %rd4, %r1, 16; add.s64 %rd6, %rd10, %rd4;
+"""
+    # 128 threads, 16 bytes each: rows of A, and of B, that other warps have read.
+    over = "st.shared.b32 [%rd6], %r1; st.shared.b32 [%rd6+16384], %r1;"
+    d, _ = run(ptx_kernel, case, f"{slow} {FENCE} {{mma}} {COMMIT} {WAIT} {over}", seed=seed)
+    np.testing.assert_array_equal(d, case.expected())
+    before = "st.shared.b32 [%rd6+4096], %r1;"
+    after = "xor.b32 %r9, %r1, 32; mul.wide.u32 %rd4, %r9, 16; add.s64 %rd6, %rd10, %rd4;"
+    after += " ld.shared.b32 %r9, [%rd6+4096];"
+    with pytest.raises(RaceError):
+        run(ptx_kernel, case, f"{slow} {before} {FENCE} {{mma}} {COMMIT} {WAIT} {after}", seed=seed)
+
+
 def test_operations_nobody_waits_for(ptx_kernel):
     """Not committed, or committed and not waited for."""
     case = Case(8, "f16", "f16", "f32")

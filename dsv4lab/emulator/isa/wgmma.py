@@ -1,9 +1,10 @@
 """wgmma of sm_90a: fence, commit_group, wait_group and mma_async, D = A B + D of four warps.
 
 A product is computed when its four warps have issued it, and the registers of D have it at once: a kernel
-that reads them before it has waited is not found out, unless it never waits. The reads of shared memory are
-known to the race checker as an asynchronous operation of each of the four warps until its wait_group. Not
-emulated: sparse and 1-bit forms.
+that reads them before it has waited is not found out, unless it never waits. To the race checker the reads of
+shared memory are an asynchronous operation of each of the four warps: of its 16 rows of A, which other warps
+need not know of before, and of all of B. Whichever warp waits knows that all four are complete. Not emulated:
+sparse and 1-bit forms.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dsv4lab.emulator.errors import EmulatorError, at
+from dsv4lab.emulator.errors import at
 from dsv4lab.emulator.isa.fragments import accumulator_of, registers_of, rows_of
 from dsv4lab.emulator.isa.registry import Effect, Wait, instruction, unsupported
 from dsv4lab.emulator.isa.warp_wide import elements, warp_wide
 from dsv4lab.emulator.matrix_descriptor import decode_wgmma, read_matrix
 from dsv4lab.emulator.ptx import Immediate, Instruction, Vector
 from dsv4lab.emulator.tensor_core import dot, dot_integer
-from dsv4lab.emulator.warpgroups import WarpgroupError, Warpgroups
+from dsv4lab.emulator.warpgroups import WARPS, Tokens, WarpgroupError, Warpgroups
 
 if TYPE_CHECKING:
     from dsv4lab.emulator.batch import Batch
-    from dsv4lab.emulator.happens_before import Access
     from dsv4lab.emulator.machine import Machine
 
 # Kind of arithmetic for counters, that of tensor_core, K, accumulators.
@@ -138,13 +138,20 @@ def _mma_async(ins: Instruction) -> Wait:
         registers, left, (right, scale) = values[:count], values[count:-2], values[-2:]
         common = (scale, right) if form.in_registers else (scale, right, *left)
         same = _uniform(mask, common, ins)
-        groups = batch.machine.state(Warpgroups).gather(batch, np.flatnonzero(mask[:, 0]), same, ins)
+        begin = partial(_begin, batch.machine, form)
+        groups = batch.machine.state(Warpgroups).gather(batch, np.flatnonzero(mask[:, 0]), same, ins, begin)
         if not groups:
             return registers
         total = accumulator_of(registers, _DTYPES[form.accumulator])
         if form.in_registers:
             left = rows_of(left, form.a, 2)
-        _compute(batch, form, groups, same, total, left if form.in_registers else None, ins)
+        for first, (rows, operands) in groups.items():
+            if form.in_registers:
+                operands = -left[rows] if form.negate_a else left[rows], operands[1]
+            else:
+                a = operands[0].reshape(WARPS, 16, -1)
+                operands = a[batch.warps[rows] - first], operands[1]
+            _compute(batch, form, first, rows, operands, total, same[rows[0]][0], ins)
         return registers_of(total)
 
     reads = (*d, *a, (ins.operands[2], "u64"), (ins.operands[3], "pred"))
@@ -162,50 +169,50 @@ def _uniform(mask: np.ndarray, values: tuple[np.ndarray, ...], ins: Instruction)
     return list(zip(*(value[:, 0].tolist() for value in values), strict=True))
 
 
+def _begin(
+    machine: Machine, form: Form, first: int, same: tuple[int, ...]
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Read A (64, K), unless it is in registers, and B (N, K) of an operation that four warps issue now."""
+    tokens, cta = machine.state(Warpgroups).issue(first), first // machine.warps_per_cta
+    _, *descriptors = same
+    b = _operand(machine, cta, descriptors[0], form, "b", tokens)
+    return None if form.in_registers else _operand(machine, cta, descriptors[1], form, "a", tokens), b
+
+
 def _compute(
     batch: Batch,
     form: Form,
-    groups: dict[int, list[int]],
-    same: list[tuple[int, ...]],
+    first: int,
+    rows: list[int],
+    operands: tuple[np.ndarray, np.ndarray],
     total: np.ndarray,
-    left: np.ndarray | None,
+    accumulate: int,
     ins: Instruction,
 ) -> None:
-    """Add the products of warpgroups to their accumulators `total` (n, 16, N), in place."""
-    machine = batch.machine
-    for first, rows in groups.items():
-        accumulate, *descriptors = same[rows[0]]
-        cta, warps = first // machine.warps_per_cta, batch.warps[rows].tolist()
-        try:
-            tokens = [machine.state(Warpgroups).issue(warp) for warp in warps]
-            b = _operand(machine, cta, descriptors[0], form, "b", tokens)
-            if left is None:
-                a = _operand(machine, cta, descriptors[1], form, "a", tokens).reshape(4, 16, -1)
-                a = a[[warp - first for warp in warps]]
-            else:
-                a = -left[rows] if form.negate_a else left[rows]
-        except EmulatorError as error:
-            raise at(error, rows[0]) from None
-        c = total[rows].reshape(-1, form.n) if accumulate else None
-        product = _multiply(a.reshape(-1, form.k), b, c, form, machine.mma_mode)
-        total[rows] = product.reshape(-1, 16, form.n)
-        if first in warps:
-            _account(machine, first, form, ins)
+    """Add the product of rows of a warpgroup to their accumulators in `total` (n, 16, N), in place."""
+    a, b = operands
+    c = total[rows].reshape(-1, form.n) if accumulate else None
+    product = _multiply(a.reshape(-1, form.k), b, c, form, batch.machine.mma_mode)
+    total[rows] = product.reshape(-1, 16, form.n)
+    if first in batch.warps[rows]:
+        _account(batch.machine, first, form, ins)
 
 
-def _operand(
-    machine: Machine, cta: int, bits: int, form: Form, side: str, tokens: list[Access | None]
-) -> np.ndarray:
-    """Values of A (64, K) or B (N, K) in shared memory; all warps of the warpgroup read all of it."""
+def _operand(machine: Machine, cta: int, bits: int, form: Form, side: str, tokens: Tokens) -> np.ndarray:
+    """Values of A (64, K), of which a warp reads its 16 rows, or of B (N, K), of which each reads all."""
+    major = getattr(form, f"major_{side}")
 
     def read(offsets: np.ndarray) -> np.ndarray:
+        octets = machine.shared.read(cta, offsets, None)
         if machine.order is not None:
-            for token in tokens[1:]:
-                machine.order.read("shared", cta, offsets.reshape(-1), token)
-        return machine.shared.read(cta, offsets, tokens[0])
+            axis = 0 if major == "K" else 1
+            parts = np.split(offsets, WARPS, axis) if side == "a" else [offsets] * WARPS
+            for part, token in zip(parts, tokens, strict=True):
+                machine.order.read("shared", cta, part.reshape(-1), token)
+        return octets
 
     rows, type_ = (M, form.a) if side == "a" else (form.n, form.b)
-    values = read_matrix(read, decode_wgmma(bits), rows, form.k, type_, getattr(form, f"major_{side}"))
+    values = read_matrix(read, decode_wgmma(bits), rows, form.k, type_, major)
     return -values if getattr(form, f"negate_{side}") else values
 
 
