@@ -49,6 +49,11 @@ class Instruction:
         """The opcode without its modifiers."""
         return self.opcode.partition(".")[0]
 
+    def matches(self, pattern: str) -> bool:
+        """Whether it has the opcode and all the modifiers of a pattern, such as "F2FP.E2M1"."""
+        name, *modifiers = pattern.split(".")
+        return name == self.name and set(modifiers) <= set(self.opcode.split("."))
+
     @property
     def target(self) -> int | None:
         """Where a branch goes; None for what is no branch."""
@@ -73,9 +78,9 @@ class Code:
     frame_bytes: int
     instructions: tuple[Instruction, ...] = field(repr=False)
 
-    def count(self, *names: str) -> int:
-        """How many instructions have one of these opcodes; a name without modifiers takes those with any."""
-        return sum(i.name in names or i.opcode in names for i in self.instructions)
+    def count(self, *patterns: str) -> int:
+        """How many instructions match one of these patterns."""
+        return sum(any(map(i.matches, patterns)) for i in self.instructions)
 
     @property
     def names(self) -> Counter[str]:
