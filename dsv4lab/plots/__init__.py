@@ -2,6 +2,7 @@
 
 from dsv4lab.plots.blackwell import matrices, shared_lines, tensor_memory, tma_boxes
 from dsv4lab.plots.decode import Texts, agreement_by_margin, bars, code_use, logits, sqnr_by_layer
+from dsv4lab.plots.gemm import error_shares, error_table, group_rows, mma_step, sum_errors
 from dsv4lab.plots.quantization import (
     block,
     block_codes,
@@ -31,8 +32,12 @@ __all__ = [
     "code_use",
     "conventions",
     "edited_block",
+    "error_shares",
+    "error_table",
+    "group_rows",
     "logits",
     "matrices",
+    "mma_step",
     "number_lines",
     "policies",
     "round_trip",
@@ -42,6 +47,7 @@ __all__ = [
     "sqnr_by_layer",
     "sqnr_db",
     "staircase",
+    "sum_errors",
     "tensor_memory",
     "timeline",
     "tma_boxes",
