@@ -45,7 +45,8 @@ def choose(rows: int, n: int, k: int, groups: int | None, sm_count: int) -> Pref
         groups: how many; None where offsets are not given and all rows are one group.
         sm_count: streaming multiprocessors of the GPU.
     """
-    return min(CHOICES, key=lambda choice: _cycles(choice, rows, n, k, groups, sm_count))
+    choices = [choice for choice in CHOICES if choice.ctas <= sm_count]
+    return min(choices, key=lambda choice: _cycles(choice, rows, n, k, groups, sm_count))
 
 
 def tiles(choice: Prefill, rows: int, n: int, groups: int | None) -> int:

@@ -132,7 +132,8 @@ def _run(operands: list, output: Output) -> None:
         )
     if not output.tensors[0].numel():
         return
-    if not operands[0].numel():
+    if not operands[5].numel():
+        # No weights, so that all rows are padding.
         for tensor in output.tensors[:2]:
             tensor.zero_()
         return

@@ -184,11 +184,10 @@ def _store_slice(
     cute.arch.sync_warp()
 
 
-@cute.jit
 def finish(
-    form: cutlass.Constexpr[Form], factors: Factors, r_sums: cute.Tensor, r_out: cute.Tensor, factor: Float32,
-    other: Float32, n: Int32, column: Int32,
-):  # fmt: skip
+    form: Form, factors: Factors, r_sums: cute.Tensor, r_out: cute.Tensor, factor: Float32, other: Float32,
+    n: Int32, column: Int32,
+) -> None:  # fmt: skip
     """From a row's sums to what is stored of them.
 
     Args:
@@ -196,26 +195,27 @@ def finish(
         factor, other: see row_factors.
         column: of the first sum.
     """
-    if cutlass.const_expr(form.output == "bf16" and form.column_scale == "one"):
+    if form.output == "bf16" and form.column_scale == "one":
         r_out.store((r_sums.load() * factor).to(OUT))
+        return
+    sums = [r_sums[i] for i in range(SLICE)]
+    if form.output == "bf16":
+        values = [ptx.mul(x, _factor(form, factor, other, column, n, i)) for i, x in enumerate(sums)]
     else:
-        r_values = cute.make_rmem_tensor(form.store_columns, SUM)
-        sums = [r_sums[i] for i in range(SLICE)]
-        if cutlass.const_expr(form.output == "bf16"):
-            for i in cutlass.range_constexpr(SLICE):
-                r_values[i] = ptx.mul(sums[i], _factor_of(form, factor, other, column, n, i))
-        else:
-            for i in cutlass.range_constexpr(SLICE // 2):
-                at = i // 8 * 16 + i % 8
-                gate, up = ptx.mul(sums[at], factor), ptx.mul(sums[at + 8], other)
-                r_values[i] = swiglu(form, gate, up, factors.limit)
-        r_out.store(r_values.load().to(OUT))
+        gates = [ptx.mul(x, factor) for i, x in enumerate(sums) if i // 8 % 2 == 0]
+        ups = [ptx.mul(x, other) for i, x in enumerate(sums) if i // 8 % 2 == 1]
+        values = [swiglu(form, gate, up, factors.limit) for gate, up in zip(gates, ups, strict=True)]
+    r_values = cute.make_rmem_tensor(form.store_columns, SUM)
+    for i, value in enumerate(values):
+        r_values[i] = value
+    r_out.store(r_values.load().to(OUT))
 
 
-def _factor_of(form: Form, factor: Float32, other: Float32, column: Int32, n: Int32, i: int) -> Float32:
+def _factor(form: Form, factor: Float32, other: Float32, column: Int32, n: Int32, i: int) -> Float32:
+    """Of sum i, where gate and up differ."""
     if form.column_scale == "interleaved":
         return other if i // 8 % 2 else factor
-    return cutlass.select_(column + i < n // 2, factor, other)
+    return Float32(cutlass.select_(column + i < n // 2, factor, other))
 
 
 def swiglu(form: Form, gate: Float32, up: Float32, limit: Float32) -> Float32:

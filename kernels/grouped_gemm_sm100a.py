@@ -61,6 +61,11 @@ def _kernel(
     s_sfb = smem.allocate_tensor(SCALE, s_sfb, 128)
     s_tensors = [s_a, s_b, s_sfa, s_sfb]
 
+    # Before the pipelines, which wait for the other CTA: its barrier must be there when that one leaves.
+    tmem = memory.TmemAllocator(
+        address, barrier_for_retrieve=pipeline.NamedBarrier(barrier_id=1, num_threads=THREADS),
+        is_two_cta=form.ctas == 2, two_cta_tmem_dealloc_mbar_ptr=free_barrier,
+    )  # fmt: skip
     cluster = cluster_layout(form, mma)
     one = pipeline.CooperativeGroup(pipeline.Agent.Thread)
     ring = pipeline.PipelineTmaUmma.create(
@@ -71,10 +76,6 @@ def _kernel(
     results = pipeline.PipelineUmmaAsync.create(
         num_stages=1 if form.overlaps else 2, producer_group=one, consumer_group=storing,
         barrier_storage=result_barriers, cta_layout_vmnk=cluster,
-    )  # fmt: skip
-    tmem = memory.TmemAllocator(
-        address, barrier_for_retrieve=pipeline.NamedBarrier(barrier_id=1, num_threads=THREADS),
-        is_two_cta=form.ctas == 2, two_cta_tmem_dealloc_mbar_ptr=free_barrier,
     )  # fmt: skip
     t_base = tmem.reserve(TENSOR_COLUMNS).base_ptr
     layout = mma.make_fragment_C(mma.partition_shape_C((form.rows, form.columns))).layout
