@@ -21,8 +21,10 @@ from dsv4lab.layers import (
     set_activation_scale_,
     warmup,
 )
-from dsv4lab.layouts import deinterleave_gate_up, swizzle_scales, unswizzle_scales
+from dsv4lab.layers.grouped_linear import _padded_groups
+from dsv4lab.layouts import deinterleave_gate_up, swizzle_scales, unswizzle_scales, with_scale_layout
 from dsv4lab.ops import Implementation
+from dsv4lab.quantize import dequantize_nvfp4, quantize_nvfp4
 
 
 @pytest.fixture
@@ -99,16 +101,34 @@ def test_results_are_the_same_bits(name, policy, swizzled, layouts):
     assert set(layouts) == {("swizzled", "swizzled")}  # nothing is left for a kernel to move
 
 
-def test_quantized_activations_come_in_either_layout(swizzled):
-    for name in ("linear", "wo_a", "shared", "moe"):
-        layer, x = made(name)
-        q = activation.quantize_nvfp4(x(7), "token")
-        want = layer(q)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(activation, "scale_layout_of", lambda *_: "swizzled")
-            assert torch.equal(layer(q), want)
-            if len(q.shape) == 2:
-                assert torch.equal(layer(activation.with_scale_layout(q, "swizzled")), want)
+def test_quantized_activations_come_in_either_layout(swizzled, layouts):
+    named = {name: made(name) for name in ("linear", "wo_a", "shared", "moe")}
+    inputs = {name: quantize_nvfp4(x(7), "token") for name, (_, x) in named.items()}
+    want = {name: layer(inputs[name]) for name, (layer, _) in named.items()}
+    swizzled()
+    for name, (layer, _) in named.items():
+        layouts.clear()
+        q = inputs[name]
+        assert torch.equal(layer(q), want[name])
+        if name in ("linear", "moe"):
+            layouts.clear()
+            assert torch.equal(layer(with_scale_layout(q, "swizzled")), want[name])
+        if name != "shared":  # which cannot swizzle scales of (7, 2, 80) as they are
+            assert set(layouts) == {("swizzled", "swizzled")}
+
+
+@pytest.mark.parametrize("layout", ["linear", "swizzled"])
+@pytest.mark.parametrize("tokens", [5, 128, 130])
+def test_padding_of_groups_has_scales_of_zero(tokens, layout):
+    q = quantize_nvfp4(seeded(3, tokens, 80), "token", scale_layout=layout)
+    rows, offsets, sizes = _padded_groups(q)
+    padded = -(-tokens // 128) * 128
+    assert offsets.tolist() == [padded, 2 * padded, 3 * padded] and sizes.tolist() == [tokens] * 3
+    values = dequantize_nvfp4(rows.with_(global_scale=torch.ones(()), granularity="tensor"), torch.float32)
+    want = dequantize_nvfp4(q.with_(global_scale=torch.ones(()), granularity="tensor"), torch.float32)
+    values = values.view(3, padded, 80)
+    assert torch.equal(values[:, :tokens], want) and not values[:, tokens:].any()
+    assert torch.equal(rows.global_scale.view(3, padded)[:, :tokens], q.global_scale)
 
 
 def test_observers_see_real_rows_alone(swizzled):
@@ -178,13 +198,14 @@ def test_moved_weights_can_be_interleaved_and_moved_back(swizzled):
 
 
 def test_a_warm_up_moves_all_weights(swizzled, monkeypatch):
+    """Also those of layers that are like another and need no run of their own."""
     layer, x = made("moe")
     y = layer(x(5))
-    linear = quantized(Linear(80, 48))
+    model, linear = torch.nn.ModuleList([layer, copy.deepcopy(layer)]), quantized(Linear(80, 48))
     swizzled()
-    warmup(layer, 5)
+    warmup(model, 5)
     monkeypatch.setattr(workspace, "is_capturing", lambda: True)
-    assert torch.equal(layer(x(5)), y)
+    assert torch.equal(model[0](x(5)), y) and torch.equal(model[1](x(5)), y)
     with pytest.raises(RuntimeError, match=r"scales would be moved under capture: call warmup\(model"):
         linear(x(5))
 
