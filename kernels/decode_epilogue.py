@@ -78,12 +78,14 @@ def store_tiles(
         factor = _token_factor(form, factors, tile, count, rank, warp)
         weight_factors = _weight_factors(form, factors, tile, out.n)
         results.consumer_wait(done)
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
         wait(form, exchange.taken, phase ^ 1)
         for i in cutlass.range_constexpr(cute.size(t_slices, mode=[3])):
             cute.copy(load, t_slices[None, None, None, i, done.index], r_sums)
             cute.arch.fence_view_async_tmem_load()
             give(form, exchange, r_sums, i * cute.size(r_sums), count, rank, thread)
+        cute.arch.inline_ptx("tcgen05.fence::before_thread_sync;")
         with cute.arch.elect_one():
             results.consumer_release(done)
         arrive(form, exchange.filled)

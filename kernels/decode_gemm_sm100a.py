@@ -17,6 +17,7 @@ tensor memory, r registers.
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, cute, memory, pipeline
+from dsv4lab.kernels.decode_choice import Decode, fits, most_clusters, most_tiles
 from dsv4lab.kernels.decode_epilogue import Outputs, store_tiles
 from dsv4lab.kernels.decode_exchange import WARPS, Exchange, arrivals, parts_layout
 from dsv4lab.kernels.decode_form import FEATURES, Form
@@ -32,6 +33,8 @@ from dsv4lab.kernels.decode_mainloop import (
 )
 from dsv4lab.kernels.gemm_epilogue import Factors
 from dsv4lab.kernels.gemm_tiles import Work
+from dsv4lab.kernels.launch import launch
+from dsv4lab.kernels.quantize_plan import sm_count
 
 MULTIPLIER, LOADER = WARPS, WARPS + 1
 THREADS = 32 * (WARPS + 2)
@@ -136,3 +139,26 @@ def make(form: Form):
         )  # fmt: skip
 
     return gemm
+
+
+def run(product, output, choice: Decode) -> None:
+    """Launch the kernel.
+
+    Args:
+        product, output: operands and what becomes of the sums, see gemm.Product and gemm.Output.
+
+    Raises:
+        ValueError: there are fewer steps of K than CTAs to share them.
+    """
+    if not fits(choice, product.k):
+        raise ValueError(f"{choice.split} CTAs cannot share K = {product.k}, which is less than 256 for each")
+    form = Form(
+        choice.tokens, choice.split, product.offsets is not None, output.kind, product.column_scale,
+        output.limit is not None, output.swizzled,
+    )  # fmt: skip
+    clusters = min(
+        most_clusters(choice, sm_count(product.a.device)), most_tiles(choice, product.rows, product.n)
+    )
+    targets = [*output.tensors, None, None][:3]
+    limit = 0.0 if output.limit is None else float(output.limit)
+    launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, clusters])

@@ -204,6 +204,7 @@ def multiply_tiles(
         into = t_sums[None, None, None, write.index]
         t_tile_scales = _scales(t_base, form.token_column + _scale_column(tile), token_layout)
         results.producer_acquire(write)
+        cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
         mma.set(tcgen05.Field.ACCUMULATE, False)
         for _ in cutlass.range(begins, ends, unroll=1):
             ring.consumer_wait(read)

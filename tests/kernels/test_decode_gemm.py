@@ -2,120 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import cutlass
 import pytest
 import torch
-from dsv4lab.kernels.decode_form import Form
-from dsv4lab.kernels.decode_gemm_sm100a import make
-from dsv4lab.kernels.launch import As, launch
+from dsv4lab.kernels import decode_choice, decode_gemm_sm100a, gemm
+from dsv4lab.kernels.decode_choice import CHOICES, Decode, best, cycles, fits
 from torch import Tensor
 
-from dsv4lab import emulator, reference
-from dsv4lab.formats import SCALE_DTYPE, scales_shape
-from dsv4lab.layouts import group_offsets
+from dsv4lab import reference
+from dsv4lab.emulator import device
+from dsv4lab.formats import NVFP4Tensor, scales_shape
+from dsv4lab.gemm_arguments import operands
+from dsv4lab.layouts import max_group_rows
 
-CODE = cutlass.Float4E2M1FN
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 UNTOUCHED = 0xA5  # of every byte of an output before a kernel runs
 LIMIT = 10.0
-
-
-@dataclass
-class Problem:
-    """Operands of a product; a's rows are padded for groups where there are sizes.
-
-    Attributes:
-        a, sfa, b, sfb: codes and linear block scales as bytes, b with groups.
-        g_a, g_b: global scales.
-    """
-
-    a: Tensor
-    sfa: Tensor
-    b: Tensor
-    sfb: Tensor
-    g_a: Tensor
-    g_b: Tensor
-    sizes: list[int] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """N, K and groups."""
-        return self.b.shape[1], 2 * self.b.shape[2], self.b.shape[0]
-
-    def rows(self) -> list[tuple[int, int]]:
-        """Group and row of every real token."""
-        if self.sizes is None:
-            return [(0, row) for row in range(len(self.a))]
-        starts = [0, *group_offsets(torch.tensor(self.sizes, dtype=torch.int32)).tolist()]
-        return [(g, starts[g] + i) for g, size in enumerate(self.sizes) for i in range(size)]
-
-    def values(self) -> tuple[Tensor, Tensor]:
-        """Decoded a (rows, K) and b (groups, N, K), without global scales."""
-        pairs = ((self.a, self.sfa), (self.b, self.sfb))
-        return tuple(reference.decode(codes, s.view(SCALE_DTYPE)).double() for codes, s in pairs)
-
-    def factor(self, interleaved: bool) -> Tensor:
-        """g_a g_b of every real token and feature."""
-        n, rows = self.shape[0], self.rows()
-        feature = torch.arange(n)
-        half = feature // 8 % 2 if interleaved else (feature >= n // 2).long()
-        factors = []
-        for group, row in rows:
-            g_a = (
-                self.g_a if self.g_a.dim() == 0 else self.g_a[row if len(self.g_a) == len(self.a) else group]
-            )
-            g_b = self.g_b if self.g_b.dim() == 0 else self.g_b[group]
-            factors.append(g_a.double() * (g_b[half] if g_b.dim() else g_b).double().expand(n))
-        return torch.stack(factors)
-
-    def exact(self, interleaved: bool = True) -> tuple[Tensor, Tensor]:
-        """The product of every real token in float64, and that of magnitudes, with global scales."""
-        a, b = self.values()
-        pairs = [(a[row], b[group]) for group, row in self.rows()]
-        factor = self.factor(interleaved)
-        sums = torch.stack([b @ a for a, b in pairs]), torch.stack([b.abs() @ a.abs() for a, b in pairs])
-        return sums[0] * factor, sums[1] * factor.abs()
-
-
-def rnd(shape: tuple[int, ...], seed: int, low: int, high: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
-
-
-def problem(
-    tokens: int | list[int], n: int, k: int, exact: bool = False, seed: int = 0, g_a="one", g_b="one"
-) -> Problem:
-    """Any codes, and scales from 2**-6 to 8; with `exact` such that sums are whole numbers below 2**24 / 64.
-
-    Args:
-        tokens: of one group, or of each.
-        g_a: "one", "token" or "group".
-        g_b: "one", "group" or "halves".
-    """
-    sizes = tokens if isinstance(tokens, list) else None
-    groups = len(sizes) if sizes else 1
-    rows = sum(-(-size // 128) * 128 for size in sizes) + 128 if sizes else tokens
-    # Codes of 0, .5, 1, 1.5; scales 1 and 2, of which 0x38 and 0x40 are the bits.
-    a, b = (rnd(shape, seed + i, 0, 256) for i, shape in enumerate(((rows, k // 2), (groups, n, k // 2))))
-    if exact:
-        a, b = a & 0xBB, b & 0xBB
-    scales = []
-    for i, shape in enumerate(((rows, k // 16), (groups, n, k // 16))):
-        scales.append(8 * rnd(shape, seed + 2 + i, 7, 9) if exact else rnd(shape, seed + 2 + i, 8, 81))
-    global_scales = {
-        "one": torch.tensor(0.5),
-        "token": 2.0 ** torch.arange(rows).remainder(5),
-        "group": 2.0 ** torch.arange(groups),
-        "halves": torch.tensor([0.5, 4.0]) * 2.0 ** torch.arange(groups)[:, None],
-    }  # fmt: skip
-    given = Problem(a, scales[0], b, scales[1], global_scales[g_a], global_scales[g_b], sizes)
-    if sizes:
-        # Padding: codes of anything, scales zero.
-        padding = torch.ones(rows, dtype=torch.bool)
-        padding[[row for _, row in given.rows()]] = False
-        given.sfa[padding] = 0
-    return given
+SIZES = (0, 3, 17, 0, 0, 1, 0)
 
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -123,266 +25,311 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full((count,), UNTOUCHED, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def run(
-    form: Form, p: Problem, clusters: int = 2, g: float = 0.03, limit: float = LIMIT
-) -> tuple[Tensor, ...]:
-    """Call the kernel; the output as (rows, N) or (rows, I) bf16, or codes and block scales."""
-    n, k, groups = p.shape
-    rows, width = len(p.a), n if form.output == "bf16" else n // 2
-    scales = [reference.swizzle(s.view(SCALE_DTYPE)) for s in (p.sfa, p.sfb)]
-    offsets = sizes = None
-    if p.sizes is not None:
-        sizes = torch.tensor(p.sizes, dtype=torch.int32)
-        offsets = group_offsets(sizes)
-    if form.output == "nvfp4":
-        layout = "swizzled" if form.swizzled else "linear"
-        outs = (
-            untouched((rows, width // 2), torch.uint8),
-            untouched(scales_shape((rows, width), layout), torch.uint8),
-        )
-        targets = (*outs, torch.tensor([g]))
+def multiply(a, b, where, choice, kind="bf16", limit=LIMIT, g=0.03, layout="swizzled") -> tuple[Tensor, ...]:
+    """The kernel's output, bf16 or codes and bytes of scales; checks that rows without a token stay."""
+    product = gemm.prepare(*operands(a, b, where.offsets, where.sizes)[0])
+    shape = (where.rows + 3, product.n // (1 if kind == "bf16" else 2))
+    if kind == "nvfp4":
+        codes = untouched((shape[0], shape[1] // 2), torch.uint8)
+        scales = untouched(scales_shape((where.rows, shape[1]), layout), torch.uint8)
+        tensors = (codes, scales, torch.tensor(g))
     else:
-        outs = (untouched((rows, width), torch.bfloat16),)
-        targets = (*outs, None, None)
-    by_row = p.g_a.dim() == 1 and len(p.g_a) == rows
-    steps = (int(by_row), int(p.g_a.dim() == 1 and not by_row), (0, 1, 2)[p.g_b.dim()])
-    launch(make, (form,), [
-        As(p.a, CODE), As(p.b, CODE), *scales, p.g_a.reshape(-1), p.g_b.reshape(-1), offsets, sizes, *targets,
-        rows, n, k, groups, *steps, LIMIT, clusters,
-    ])  # fmt: skip
-    return outs
+        tensors = (untouched(shape, BF16),)
+    decode_gemm_sm100a.run(product, gemm.Output(kind, limit, layout == "swizzled", tensors), choice)
+    others = torch.ones(len(tensors[0]), dtype=torch.bool)
+    others[: where.rows] = ~where.real
+    assert (tensors[0][others].view(torch.uint8) == UNTOUCHED).all(), "wrote to rows without a token"
+    return (tensors[0][: where.rows], *tensors[1:2])
 
 
-def real(p: Problem, out: Tensor) -> Tensor:
-    """The rows of tokens; nothing has been written to the others."""
-    rows = [row for _, row in p.rows()]
-    others = torch.ones(len(out), dtype=torch.bool)
-    others[rows] = False
-    assert (out[others].contiguous().view(torch.uint8) == UNTOUCHED).all()
-    return out[rows]
-
-
-def bound(form: Form, p: Problem, magnitudes: Tensor, exact: Tensor, ulps: float) -> Tensor:
-    """Every MMA of K = 64 rounds a sum to fp32, by `ulps` at most, and so does every addition of shares of K;
-    scaling rounds three times more (the product of the global scales, that with the sum, bf16)."""
-    steps = 4 * -(-p.shape[1] // 256) * ulps * 2.0**-23 + (form.split - 1) * 2.0**-24
-    fp32 = magnitudes * steps * (1 + 2.0**-20) + exact.abs() * 2 * 2.0**-24
-    return fp32 * (1 + 2.0**-8) + exact.abs() * 2.0**-8
-
-
-def check(form: Form, p: Problem, ulps: float = 0.5, interleaved: bool = True, **options) -> None:
-    exact, magnitudes = p.exact(interleaved)
-    out = real(p, run(form, p, **options)[0]).double()
-    assert ((out - exact).abs() <= bound(form, p, magnitudes, exact, ulps)).all()
-
-
-@pytest.fixture
-def gpu():
-    with emulator.device("sm_100a", trace=False) as gpu:
+@pytest.fixture(scope="module")
+def gpu(request):
+    """An emulated GPU with all checks, a B200 unless a test asks for another; it compiles a kernel once."""
+    with device(**{"arch": "sm_100a", "trace": False, **getattr(request, "param", {})}) as gpu:
         yield gpu
 
 
+def on(*options: dict):
+    """Run a test on such GPUs."""
+    names = [" ".join(f"{key} {value}" for key, value in each.items()) for each in options]
+    return pytest.mark.parametrize("gpu", options, indirect=True, ids=names)
+
+
+@pytest.fixture(autouse=True)
+def few_sms(monkeypatch):
+    """So many SMs that each computes several tiles."""
+    monkeypatch.setattr(decode_gemm_sm100a, "sm_count", lambda device: 4)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "block", "split", "n", "k"),
+    ("rows", "choice", "n", "k"),
     [
-        (1, 8, 1, 128, 256),  # one stage
-        (1, 8, 8, 136, 2048),  # every CTA has one
-        (3, 8, 2, 264, 1088),  # K and N end within a tile, CTAs have unequal shares
-        (8, 8, 4, 8, 1024),
-        (17, 8, 2, 128, 576),  # three blocks of tokens
-        (17, 16, 1, 384, 64),  # a quarter of a stage
-        (64, 16, 4, 256, 1024),
-        (64, 64, 8, 128, 2048),
-        (100, 32, 2, 128, 512),
-        (130, 128, 2, 256, 768),
+        (1, Decode(8, 1), 128, 256),  # one stage
+        (1, Decode(8, 8), 136, 2048),  # every CTA has one
+        (3, Decode(8, 2), 264, 1056),  # K and N end within a tile, CTAs have unequal shares
+        (8, Decode(8, 4), 8, 1024),
+        (17, Decode(8, 2), 128, 576),  # three blocks of tokens
+        (17, Decode(16, 1), 384, 64),  # a quarter of a stage
+        (64, Decode(16, 4), 256, 1024),
+        (64, Decode(64, 8), 128, 2048),
+        (100, Decode(32, 2), 128, 512),
+        (130, Decode(128, 2), 256, 768),
     ],
 )
-def test_products(gpu, tokens, block, split, n, k):
-    check(Form(block, split), problem(tokens, n, k, g_a="token"))
+def test_one_group(rows, choice, n, k, cases, gpu):
+    where = cases.one_group(rows)
+    a = cases.nvfp4((rows, k), 0, torch.rand(rows) + 0.5, "token")
+    b = cases.nvfp4((n, k), 1, torch.tensor(1.3))
+    cases.check(multiply(a, b, where, choice)[0], _sums(cases, a, b, where, choice), where)
 
 
-def test_products_as_hardware_rounds_them():
-    """Sums are cut off towards zero: one unit instead of half of one."""
-    with emulator.device("sm_100a", mma="hardware", trace=False):
-        check(Form(8, 2), problem(5, 136, 1088), ulps=1)
+def _sums(cases, a: NVFP4Tensor, b: NVFP4Tensor, where, choice: Decode, ulps: float = 0.5):
+    """In float64; every addition of a share of K rounds to nearest, as one more step does at most."""
+    exact = cases.product(a, b, where, ulps)
+    return cases.Exact(exact.sums, exact.error * (1 + (choice.split - 1) / -(-a.K // 64)))
+
+
+@on({"mma": "hardware"})
+def test_as_hardware_rounds(cases, gpu):
+    where, choice = cases.one_group(5), Decode(8, 2)
+    a, b = cases.nvfp4((5, 1056), 2), cases.nvfp4((136, 1056), 3)
+    cases.check(multiply(a, b, where, choice)[0], _sums(cases, a, b, where, choice, 1.0), where)
 
 
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize(
-    ("g_a", "g_b", "column_scale"),
-    [("one", "group", "one"), ("token", "halves", "interleaved"), ("group", "halves", "halves")],
+    ("rows", "weights"),
+    [("tensor", "group"), ("token", "interleaved"), ("group", "halves"), ("token", "one")],
 )
-def test_groups_of_which_some_are_empty(gpu, g_a, g_b, column_scale, split):
-    p = problem([0, 3, 17, 0, 0, 1, 0], 144, 576, g_a=g_a, g_b=g_b)
-    check(Form(8, split, True, column_scale=column_scale), p, interleaved=column_scale == "interleaved")
+def test_groups_of_which_some_are_empty(rows, weights, split, cases, gpu):
+    where, n, k = cases.groups(SIZES, extra=128), 144, 576
+    g_a = torch.rand({"tensor": (), "token": (where.rows,), "group": (7,)}[rows]) + 0.5
+    g_b = torch.rand({"one": (), "group": (7,)}.get(weights, (7, 2))) + 0.5
+    a = cases.nvfp4((where.rows, k), 4, g_a, rows)
+    b = cases.nvfp4((7, n, k), 5, g_b, interleaved=weights == "interleaved")
+    choice = Decode(8, split)
+    cases.check(multiply(a, b, where, choice)[0], _sums(cases, a, b, where, choice), where)
 
 
-def test_more_groups_than_lanes(gpu):
+@pytest.mark.parametrize("choice", [Decode(8, 1), Decode(32, 2)], ids=str)
+def test_more_groups_than_lanes_that_stand_apart(choice, cases, gpu):
     sizes = [0] * 70
     sizes[3], sizes[31], sizes[32], sizes[66] = 1, 2, 9, 130
-    check(Form(16, 2, True), problem(sizes, 128, 512, g_a="token", g_b="group"), clusters=3)
+    near = cases.groups(sizes)
+    shift = torch.arange(70, dtype=torch.int32) // 32 * 128
+    spans = [(g, start + 128 * (g // 32), stop + 128 * (g // 32)) for g, start, stop in near.spans]
+    # The last group of the 32 before ends later, so that the next one begins there.
+    offsets = near.offsets + torch.cat((shift[1:], shift[-1:]))
+    where = cases.Groups(offsets, near.sizes, near.rows + 256, spans)
+    a = cases.nvfp4((where.rows, 512), 6, exact=True)
+    b = cases.nvfp4((70, 128, 512), 7, 2.0 ** (torch.arange(70) % 5), exact=True)
+    found = multiply(a, b, where, choice)[0]
+    assert torch.equal(found[where.real], cases.product(a, b, where).sums.to(BF16)[where.real])
 
 
-def test_no_tokens_at_all(gpu):
-    p = problem([0, 0], 128, 256)
-    assert (run(Form(8, 2, True), p)[0].view(torch.uint8) == UNTOUCHED).all()
-    assert "tma.loads" not in gpu.counters and "mma.mxf4nvf4" not in gpu.counters
+def test_no_tokens_at_all(cases, gpu):
+    where = cases.groups((0, 0), extra=128)
+    multiply(cases.nvfp4((128, 256)), cases.nvfp4((2, 128, 256)), where, Decode(8, 1))
+    counters = gpu.runs[-1].counters
+    assert "tma.loads" not in counters and "mma.mxf4nvf4" not in counters
 
 
-@pytest.mark.parametrize(("block", "split"), [(8, 1), (16, 2), (32, 4), (64, 1), (128, 8)])
-def test_one_hot_tokens_pick_weights_exactly(gpu, block, split):
-    """Token t has a single 1, at k = t: every code, scale and token block must be in its place."""
-    k, n, tokens = 256 * split, 128, torch.arange(104)
-    p = problem(104, n, k)
-    hot = 11 * tokens % k
-    codes = torch.zeros(104, k, dtype=torch.uint8)
-    codes[tokens, hot] = 2  # code 2 is 1.0
-    p.a = codes[:, 0::2] + 16 * codes[:, 1::2]
-    # A power of 2 in the one block that counts, and in others what would show.
-    p.sfa = rnd(tuple(p.sfa.shape), 5, 8, 81)
-    p.sfa[tokens, hot // 16] = 8 * (5 + tokens.remainder(5)).to(torch.uint8)
-    exact, _ = p.exact()
-    assert torch.equal(run(Form(block, split), p)[0].double(), exact)
+@pytest.mark.parametrize("k", [16, 48, 272])
+def test_k_that_is_no_multiple_of_32(k, cases, gpu):
+    where = cases.one_group(9)
+    a, b = cases.nvfp4((9, k), 8, exact=True), cases.nvfp4((24, k), 9, exact=True)
+    assert torch.equal(multiply(a, b, where, Decode(8, 1))[0], cases.product(a, b, where).sums.to(BF16))
 
 
-def test_one_hot_weights_pick_tokens_exactly(gpu):
-    """Feature n has a single 1, at k = 3 n."""
-    k, n = 1024, 256
-    p = problem([40, 0, 9], n, k)
-    codes = torch.zeros(3, n, k, dtype=torch.uint8)
-    codes[:, torch.arange(n), 3 * torch.arange(n)] = 2
-    p.b = codes[..., 0::2] + 16 * codes[..., 1::2]
-    p.sfb[:, torch.arange(n), 3 * torch.arange(n) // 16] = 8 * (5 + torch.arange(n).remainder(5)).to(
-        torch.uint8
-    )
-    exact, _ = p.exact()
-    assert torch.equal(real(p, run(Form(16, 2, True), p)[0]).double(), exact)
+def one_hot(t: NVFP4Tensor, hot: Tensor) -> NVFP4Tensor:
+    """A single value in each row of t, a power of 2; block scales elsewhere are what they were."""
+    rows = torch.arange(len(hot))
+    codes = torch.zeros(*t.shape, dtype=torch.uint8)
+    codes[..., rows, hot] = 2  # code 2 is 1.0
+    scales = t.block_scales.clone().view(torch.uint8)
+    scales[..., rows, hot // 16] = (8 * (5 + rows % 5)).to(torch.uint8)
+    return t.with_(codes=codes[..., 0::2] + 16 * codes[..., 1::2], block_scales=scales.view(E4M3))
+
+
+@pytest.mark.parametrize(("tokens", "split"), [(8, 1), (16, 2), (32, 4), (64, 1), (128, 8)])
+def test_one_hot_tokens_pick_weights_exactly(tokens, split, cases, gpu):
+    """Codes, scales and blocks of tokens are in their places: 104 tokens have scales in all four columns."""
+    choice = Decode(tokens, split)
+    k, where = 256 * choice.split, cases.one_group(104)
+    a, b = one_hot(cases.nvfp4((104, k), 10), 11 * torch.arange(104) % k), cases.nvfp4((128, k), 11)
+    assert torch.equal(multiply(a, b, where, choice)[0].double(), cases.product(a, b, where).sums)
+
+
+def test_one_hot_weights_pick_tokens_exactly(cases, gpu):
+    where = cases.groups((40, 0, 9))
+    a = cases.nvfp4((where.rows, 1024), 12)
+    b = one_hot(cases.nvfp4((3, 256, 1024), 13), 3 * torch.arange(256))
+    found = multiply(a, b, where, Decode(16, 2))[0]
+    assert torch.equal(found.double()[where.real], cases.product(a, b, where).sums[where.real])
 
 
 @pytest.mark.parametrize("split", [1, 4])
-def test_whole_numbers_have_no_error_but_the_last_rounding(gpu, split):
-    p = problem(19, 200, 1024, exact=True)
-    exact, _ = p.exact()
-    assert torch.equal(run(Form(8, split), p)[0], exact.to(torch.bfloat16))
+def test_exact_sums_have_no_error_but_the_last_rounding(split, cases, gpu):
+    where = cases.one_group(19)
+    a, b = cases.nvfp4((19, 1024), 14, exact=True), cases.nvfp4((200, 1024), 15, exact=True)
+    assert torch.equal(multiply(a, b, where, Decode(8, split))[0], cases.product(a, b, where).sums.to(BF16))
 
 
-def added_up(p: Problem, order: list[int]) -> Tensor:
-    """Sums of a single group in float32: each MMA of K = 64 rounds once, then a share each to the others."""
-    a, b = p.values()
+def added_up(cases, a: NVFP4Tensor, b: NVFP4Tensor, order: list[int]) -> Tensor:
+    """In float32: each MMA of K = 64 rounds a share of 256, then the shares are added in this order."""
+    x, w = cases.values(a), cases.values(b)
     shares = []
-    for rank in range(len(order)):
-        share = torch.zeros(len(a), b.shape[1])
-        for k in range(256 * rank, 256 * (rank + 1), 64):
-            share = (share.double() + a[:, k : k + 64] @ b[0, :, k : k + 64].T).float()
+    for first in range(0, a.K, 256):
+        share = torch.zeros(a.rows, b.rows)
+        for k in range(first, first + 256, 64):
+            share = (share.double() + x[:, k : k + 64] @ w[:, k : k + 64].T).float()
         shares.append(share)
     total = shares[order[0]]
     for rank in order[1:]:
         total = total + shares[rank]
-    return (total * (p.g_a * p.g_b)).to(torch.bfloat16)
+    return total.to(BF16)
 
 
-def test_shares_of_k_are_added_in_the_order_of_ranks_whatever_comes_first():
-    p = problem(9, 136, 2048)
+@on(*({"seed": seed} for seed in range(3)))
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_shares_of_k_are_added_in_the_order_of_ranks_whatever_comes_first(clusters, cases, gpu, monkeypatch):
+    where, k = cases.one_group(9), 2048
+    a, b = cases.nvfp4((9, k), 16), cases.nvfp4((264, k), 17)
     # What the first CTA adds the fourth one takes away: what is small is rounded between them, and not later.
-    p.sfa[:] = 0x18
-    p.sfa[:, :16], p.sfb[:, :, :16] = 0x7E, 0x7E
-    p.a[:, 384:512], p.sfa[:, 48:64] = p.a[:, :128] ^ 0x88, 0x7E
-    p.b[:, :, 384:512], p.sfb[:, :, 48:64] = p.b[:, :, :128], 0x7E
-    expected, others = added_up(p, list(range(8))), added_up(p, list(range(7, -1, -1)))
-    assert (expected != others).any()
-    for seed, clusters in ((0, 1), (1, 3), (2, 2), (3, 3)):
-        with emulator.device("sm_100a", seed=seed, trace=False):
-            assert torch.equal(run(Form(8, 8), p, clusters)[0], expected)
+    raw = [t.block_scales.view(torch.uint8) for t in (a, b)]
+    raw[0].fill_(0x18)
+    for t, scales in zip((a, b), raw, strict=True):
+        scales[:, :16] = scales[:, 48:64] = 0x7E
+        t.codes[:, 384:512] = t.codes[:, :128]
+    a.codes[:, 384:512] ^= 0x88
+    expected = added_up(cases, a, b, list(range(8)))
+    assert (expected != added_up(cases, a, b, list(range(7, -1, -1)))).any()
+    monkeypatch.setattr(decode_gemm_sm100a, "most_clusters", lambda choice, sm_count: clusters)
+    assert torch.equal(multiply(a, b, where, Decode(8, 8))[0], expected)
 
 
-def float64_swiglu(p: Problem, clamped: bool) -> Tensor:
-    gate, up = (x.flatten(-2) for x in p.exact()[0].unflatten(-1, (-1, 2, 8)).unbind(-2))
-    if clamped:
-        gate, up = gate.clamp_max(LIMIT), up.clamp(-LIMIT, LIMIT)
-    return gate * torch.sigmoid(gate) * up
-
-
-@pytest.mark.parametrize(("clamped", "column_scale"), [(True, "interleaved"), (False, "one")])
+@pytest.mark.parametrize(("limit", "weights"), [(LIMIT, "interleaved"), (None, "group")])
 @pytest.mark.parametrize("split", [1, 4])
-def test_swiglu_is_within_a_unit_of_bf16(gpu, clamped, column_scale, split):
-    """Sums are exact here, and so is their product with powers of 2."""
-    g_b = "halves" if column_scale == "interleaved" else "group"
-    p = problem([3, 0, 9], 144, 1024, exact=True, g_b=g_b)
-    p.g_a = torch.tensor(2.0**-4)
-    exact = float64_swiglu(p, clamped)
-    form = Form(8, split, True, "swiglu", column_scale, clamped)
-    out = real(p, run(form, p)[0]).double()
-    _, exponent = torch.frexp(exact)
-    assert (exact.abs() > LIMIT).any() and (exact.abs() < 1).any()
-    assert ((out - exact).abs() <= 2.0 ** (exponent - 8).double()).all()
+def test_swiglu(split, limit, weights, cases, gpu):
+    """Sums and their products with powers of 2 are exact here: what is left is the activation's error."""
+    where, choice = cases.groups((3, 0, 9)), Decode(8, split)
+    g_b = 2.0 ** torch.arange(-2, 1)
+    if weights == "interleaved":
+        g_b = torch.stack((g_b, 1 / g_b), 1)
+    a = cases.nvfp4((where.rows, 1024), 18, torch.tensor(2.0**-5), exact=True)
+    b = cases.nvfp4((3, 144, 1024), 19, g_b, interleaved=True, exact=True)
+    exact = cases.Exact(cases.product(a, b, where).sums, torch.zeros(where.rows, 144))
+    h, bound = (x[where.real] for x in cases.swiglu(exact, limit))
+    found = multiply(a, b, where, choice, "swiglu", limit)[0][where.real].double()
+    assert (h.abs() > LIMIT).any() and (h.abs() < 1).any()
+    assert ((found - h).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("swizzled", [True, False])
-@pytest.mark.parametrize(("tokens", "n", "split"), [([3, 0, 130], 288, 2), (19, 160, 1)])
-def test_quantized_activations_are_those_of_the_reference(gpu, tokens, n, split, swizzled):
+@pytest.mark.parametrize("layout", ["swizzled", "linear"])
+@pytest.mark.parametrize(
+    ("sizes", "n", "choice"), [((3, 0, 130), 288, Decode(32, 2)), (19, 160, Decode(8, 1))]
+)
+def test_quantized_activations_are_those_of_the_reference(sizes, n, choice, layout, cases, gpu):
     """To the bit, given the bf16 that the other kernel stores; block scales of padding are zero."""
-    p = problem(tokens, n, 576, g_a="token")
-    grouped = p.sizes is not None
-    h = run(Form(8, split, grouped, "swiglu", "one", True), p)[0]
-    codes, scales = run(Form(8, split, grouped, "nvfp4", "one", True, swizzled), p)
-    rows = [row for _, row in p.rows()]
-    want_codes, want_scales, _ = reference.quantize(h[rows], torch.tensor(0.03), "tensor", 1.0, False)
-    assert torch.equal(real(p, codes), want_codes)
-    all_scales = torch.zeros(len(p.a), n // 32, dtype=torch.uint8)
-    all_scales[rows] = want_scales.view(torch.uint8)
-    want = reference.swizzle(all_scales.view(SCALE_DTYPE)) if swizzled else all_scales
+    where = cases.one_group(sizes) if isinstance(sizes, int) else cases.groups(sizes, extra=128)
+    a = cases.nvfp4((where.rows, 576), 20, torch.rand(where.rows) * 0.01, "token")
+    b = cases.nvfp4((len(where.spans), n, 576), 21, interleaved=True)
+    h = multiply(a, b, where, choice, "swiglu")[0][where.real]
+    codes, scales = multiply(a, b, where, choice, "nvfp4", layout=layout)
+    want_codes, want_scales, _ = reference.quantize(h, torch.tensor(0.03), "tensor", 1.0, False)
+    assert torch.equal(codes[where.real], want_codes)
+    all_scales = torch.zeros(where.rows, n // 32, dtype=torch.uint8)
+    all_scales[where.real] = want_scales.view(torch.uint8)
+    want = reference.swizzle(all_scales.view(E4M3)) if layout == "swizzled" else all_scales
     assert torch.equal(scales, want.view(torch.uint8))
 
 
-def test_nan_and_infinity_stay_where_they_are(gpu):
-    """A NaN block scale of token 1 and of feature 20; infinite gates; a NaN global scale of the output."""
-    p = problem(3, 160, 256)
-    p.sfa[1, 3] = p.sfb[0, 20, 5] = 0x7F
-    out = run(Form(8), p)[0]
-    expected = torch.zeros(3, 160, dtype=torch.bool)
-    expected[1], expected[:, 20] = True, True
-    assert torch.equal(out.isnan(), expected)
-    h = run(Form(8, output="swiglu", clamped=True), p)[0]
-    expected = torch.zeros(3, 80, dtype=torch.bool)
-    expected[1], expected[:, 12] = True, True  # feature 20 is up 4 of the second 16
-    assert torch.equal(h.isnan(), expected)
-    codes, scales = run(Form(8, output="nvfp4", clamped=True, swizzled=False), p)
-    assert torch.equal(scales == 0x7F, expected.unflatten(1, (5, 16)).any(2))
-    assert (codes.unflatten(1, (5, 8))[scales == 0x7F] == 0).all()
-    p.g_b = torch.tensor(2.0**120)
-    p.sfa[1, 3] = p.sfb[0, 20, 5] = 8
-    assert run(Form(8, output="swiglu", clamped=True), p)[0].isnan().any(), "Inf is no large number"
-    codes, scales = run(Form(8, output="nvfp4", clamped=True), p, g=float("nan"))
-    assert (codes == 0).all()
-    linear = reference.unswizzle(scales, 128, 8)
-    assert (linear[:3, :5] == 0x7F).all() and (linear[3:] == 0).all() and (linear[:, 5:] == 0).all()
+def test_nan_stays_where_it_is(cases, gpu):
+    """A NaN block scale of token 1 and of weight 20, which is up 4 of the second 16."""
+    where, a = cases.one_group(3), cases.nvfp4((3, 256), 22, torch.tensor(0.01))
+    b = cases.nvfp4((1, 160, 256), 23, interleaved=True)
+    for t, row in ((a, 1), (b, 20)):
+        t.block_scales.view(torch.uint8)[..., row, 3] = 0x7F
+    for kind, width, column in (("bf16", 160, 20), ("swiglu", 80, 12)):
+        expected = torch.zeros(3, width, dtype=torch.bool)
+        expected[1], expected[:, column] = True, True
+        assert torch.equal(multiply(a, b, where, Decode(8, 1), kind)[0].isnan(), expected)
+    codes, scales = multiply(a, b, where, Decode(8, 1), "nvfp4", layout="linear")
+    blocks = expected.unflatten(1, (5, 16)).any(2)
+    assert torch.equal(scales == 0x7F, blocks)
+    assert (codes.unflatten(1, (5, 8))[blocks] == 0).all()
 
 
-def test_each_weight_is_loaded_once_for_a_block_of_tokens(gpu):
-    n, k, sizes = 256, 1536, [1, 0, 8, 9, 0]
-    for split, output in ((1, "bf16"), (2, "swiglu")):
-        form = Form(8, split, True, output)
-        run(form, problem(sizes, n, k), clusters=3)
-        counters = gpu.runs[-1].counters
-        tiles = n // 128 * sum(-(-size // 8) for size in sizes)
-        weights = tiles * 128 * k * 9 // 16
-        # A token's scales come with those of 31 others.
-        tokens = tiles * (8 * k // 2 + 32 * k // 16 * 4)
-        assert counters["tma.load_bytes"] == weights + tokens
-        assert counters["mma.mxf4nvf4"] == tiles * k // 64
-        assert counters["mma.flops"] == 2 * tiles * 128 * 8 * k
-        width = n if output == "bf16" else n // 2
-        assert counters["global.store_bytes"] == 2 * width * sum(sizes)
+def test_infinite_gates_and_a_nan_global_scale(cases, gpu):
+    """Clamped or not, Inf gives NaN; columns of scales that fill up a chunk stay zero."""
+    where = cases.one_group(3)
+    large = torch.tensor(2.0**60)
+    a, b = cases.nvfp4((3, 64), 24, large), cases.nvfp4((1, 160, 64), 25, large, interleaved=True)
+    overflows = cases.product(a, b, where).sums.float().isinf()
+    gate, up = overflows.unflatten(1, (10, 2, 8)).unbind(2)
+    expected = (gate | up).flatten(1)
+    assert expected.any() and not expected.all()
+    assert torch.equal(multiply(a, b, where, Decode(8, 1), "swiglu")[0].isnan(), expected)
+    codes, scales = multiply(a, b, where, Decode(8, 1), "nvfp4", g=float("nan"))
+    scales = reference.unswizzle(scales, 128, 8)
+    assert (codes == 0).all() and (scales[:3, :5] == 0x7F).all()
+    assert (scales[3:] == 0).all() and (scales[:, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("output", ["bf16", "nvfp4"])
-def test_for_the_other_blackwell(output):
-    with emulator.device("sm_103a", trace=False):
-        p = problem([3, 9], 160, 576, exact=True)
-        outs = run(Form(8, 2, True, output, clamped=True), p)
-        if output == "bf16":
-            assert torch.equal(real(p, outs[0]), p.exact()[0].to(torch.bfloat16))
-        else:
-            h = real(p, run(Form(8, 2, True, "swiglu", clamped=True), p)[0])
-            want = reference.quantize(h, torch.tensor(0.03), "tensor", 1.0, False)[0]
-            assert torch.equal(real(p, outs[0]), want)
+@pytest.mark.parametrize(("split", "kind"), [(1, "bf16"), (2, "swiglu")])
+def test_each_weight_is_loaded_once_for_a_block_of_tokens(split, kind, cases, gpu):
+    where, n, k = cases.groups((1, 0, 8, 9, 0)), 256, 1536
+    a, b = cases.nvfp4((where.rows, k)), cases.nvfp4((5, n, k), interleaved=True)
+    multiply(a, b, where, Decode(8, split), kind)
+    counters, tiles = gpu.runs[-1].counters, n // 128 * 4
+    weights, tokens = 128 * k * 9 // 16, 8 * k // 2
+    # A token's scales come with those of 31 others, and of 96 in the same 16 bytes.
+    assert counters["tma.load_bytes"] == tiles * (weights + tokens + 128 * k // 16)
+    assert counters["mma.mxf4nvf4"] == tiles * k // 64
+    assert counters["mma.flops"] == 2 * tiles * 128 * 8 * k
+    assert counters["global.store_bytes"] == 2 * (n if kind == "bf16" else n // 2) * int(where.real.sum())
+
+
+@on({"arch": "sm_103a"})
+@pytest.mark.parametrize("kind", ["bf16", "nvfp4"])
+def test_on_the_other_blackwell(kind, cases, gpu):
+    where, choice = cases.groups((3, 9)), Decode(8, 2)
+    a = cases.nvfp4((where.rows, 576), 26, torch.tensor(2.0**-5), exact=True)
+    b = cases.nvfp4((2, 160, 576), 27, interleaved=True, exact=True)
+    found = multiply(a, b, where, choice, kind)[0][where.real]
+    if kind == "bf16":
+        assert torch.equal(found, cases.product(a, b, where).sums.to(BF16)[where.real])
+    else:
+        h = multiply(a, b, where, choice, "swiglu")[0][where.real]
+        assert torch.equal(found, reference.quantize(h, torch.tensor(0.03), "tensor", 1.0, False)[0])
+
+
+# The choice.
+
+
+def test_fewer_stages_than_ctas_are_refused(cases, gpu):
+    with pytest.raises(ValueError, match="4 CTAs cannot share K = 512"):
+        multiply(cases.nvfp4((1, 512)), cases.nvfp4((8, 512)), cases.one_group(1), Decode(8, 4))
+    assert fits(Decode(8, 4), 800) and not fits(Decode(8, 4), 768)
+
+
+def test_choices_for_one_token():
+    """148 SMs: 56 tiles of 28 stages by two CTAs each; 16 tiles by as many clusters of 8."""
+    assert best(1, 7168, 7168, None, 148) == Decode(8, 2)
+    assert best(1, 2048, 7168, None, 148) == Decode(8, 8)
+    assert best(1, 2048, 256, None, 148) == Decode(8, 1)
+    # 6 experts have 48 tiles each, which two turns of 148 SMs compute.
+    assert best(max_group_rows(1, 6, 256), 6144, 7168, 256, 148) == Decode(8, 1)
+
+
+def test_tiles_grow_with_the_tokens_of_a_group():
+    assert [best(rows, 7168, 2048, None, 148).tokens for rows in (8, 9, 33, 100)] == [8, 16, 64, 128]
+    rows = [max_group_rows(tokens, 6, 256) for tokens in (1, 64, 512, 1024)]
+    assert [best(r, 6144, 7168, 256, 148).tokens for r in rows] == [8, 8, 16, 32]
+
+
+def test_more_work_never_takes_less_time():
+    for choice in CHOICES:
+        assert decode_choice.most_clusters(choice, 148) * choice.split <= 148
+        times = [cycles(choice, rows, n, 7168, None, 148) for rows in (1, 8, 64, 512) for n in (128, 8192)]
+        assert times[0::2] == sorted(times[0::2]) and times[1::2] == sorted(times[1::2])
