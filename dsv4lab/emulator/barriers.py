@@ -88,7 +88,7 @@ class Barriers:
         self, cta: int, offset: int, nbytes: int, access: Access | None = None, time: int = 0
     ) -> None:
         """`nbytes` transaction bytes have come, written by `access` at model time `time`."""
-        barrier = self._live(cta, offset, "told of completed bytes")
+        barrier = self._live(cta, offset, "told of completed bytes", access=access)
         self._add_tx(cta, offset, barrier, nbytes, -1)
         self._release(cta, offset, None, access)
         barrier.latest = max(barrier.latest, time)
@@ -127,7 +127,7 @@ class Barriers:
         Returns:
             The state token: the phase and pending count before the arrival.
         """
-        barrier = self._live(cta, offset, "arrived at", warp)
+        barrier = self._live(cta, offset, "arrived at", warp, access)
         _check_count(count, lambda: f"{self.describe(cta, offset)} is arrived at")
         if count > barrier.pending:
             raise BarrierError(
@@ -239,7 +239,11 @@ class Barriers:
     def _tag(self, cta: int, offset: int) -> int:
         return cta % self.machine.cluster_size << 15 | offset >> 3
 
-    def _live(self, cta: int, offset: int, use: str, warp: int | None = None) -> MBarrier:
+    def _live(
+        self, cta: int, offset: int, use: str, warp: int | None = None, access: Access | None = None
+    ) -> MBarrier:
+        if self.machine.shared.some_ended and (warp is not None or access is not None):
+            self.machine.shared.check_there(cta, warp if access is None else access.warp)
         barrier = self._barriers.get((cta, offset))
         if barrier is None:
             raise BarrierError(f"{self._name(cta, offset)} is {use}, but was not initialised")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dsv4lab.emulator.run import Run
 
 State = TypeVar("State")
+# Who issues what is performed later: the batch, the instruction and, if one warp of the batch does, that one.
+_Issuer = tuple["Batch | None", "Instruction | None", int | None]
 
 
 class Machine:
@@ -71,11 +73,9 @@ class Machine:
         self.time = np.zeros(self.warps, np.int64)
         self.alive = np.full(self.warps, 0xFFFFFFFF, np.uint32)
         self.at_end: list[Callable[[], None]] = []
-        self.on_exit: list[Callable[[np.ndarray], None]] = []
+        self.on_exit: list[Callable[[np.ndarray], None]] = [self._end_ctas]
         self._states: dict[type, Any] = {}
-        self._later: dict[
-            Hashable, deque[tuple[tuple[Batch | None, Instruction | None], Callable[[], None]]]
-        ] = {}
+        self._later: dict[Hashable, deque[tuple[_Issuer, Callable[[], None]]]] = {}
         self._special = special_registers(self)
         self.current: Batch | None = None
         self._issuer: Instruction | None = None
@@ -114,12 +114,17 @@ class Machine:
                 checks=self.checks & {"race", "proxy"},
                 cta_index=self.cta_index,
             )
-        self.shared = SharedMemory(self.ctas, self.cluster_size, size, track, self.order)
+        self.shared = SharedMemory(self.ctas, self.cluster_size, size, track, self.order, self.warps_per_cta)
         self.local = np.zeros((self.warps, 32, program.local_bytes), np.uint8)
         self.registers: list[np.ndarray | None] = [None] * len(program.function.registers)
         for index, storage in program.stored:
             shape = (self.warps, 32, 2) if storage == "b128" else (self.warps, 32)
             self.registers[index] = np.zeros(shape, DTYPES[storage])
+
+    def _end_ctas(self, warps: np.ndarray) -> None:
+        """Lanes of these warps have ended, and with the last ones their CTAs."""
+        ctas = np.unique(warps // self.warps_per_cta)
+        self.shared.end(ctas[~self.alive.reshape(self.ctas, -1)[ctas].any(1)])
 
     def state(self, cls: type[State]) -> State:
         """The one object of a class for this wave, made at first use as cls(machine)."""
@@ -189,9 +194,9 @@ class Machine:
 
     # What is under way.
 
-    def later(self, queue: Hashable, function: Callable[[], None]) -> None:
-        """Perform a function some time later, behind what its queue already holds."""
-        issuer = (self.current, self.instruction_now())
+    def later(self, queue: Hashable, function: Callable[[], None], warp: int | None = None) -> None:
+        """Perform a function some time later, behind what its queue already holds; errors are of the warp."""
+        issuer = (self.current, self.instruction_now(), warp)
         self._later.setdefault(queue, deque()).append((issuer, function))
 
     def instruction_now(self) -> Instruction | None:
@@ -219,12 +224,14 @@ class Machine:
         issuer, function = line.popleft()
         if not line:
             del self._later[queue]
-        self.current, self._issuer = issuer
+        self.current, self._issuer, warp = issuer
         try:
             function()
         except EmulatorError as error:
             if self._issuer is not None:
                 at_instruction(error, self._issuer)
+            if error.row is None and warp is not None:
+                error.row = int((self.current.warps == warp).argmax())
             raise
         if self.run.options.watch is not None:
             self.run.options.watch(self, self._issuer)

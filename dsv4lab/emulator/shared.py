@@ -28,14 +28,23 @@ class SharedMemory:
         size: bytes of a CTA's window, the 1024 that the system keeps included.
         track: notice reads of bytes that nobody wrote.
         order: the race checker, or None.
+        warps_per_cta: warps of a CTA.
 
     Attributes:
         bytes: uint8 (ctas, size rounded up).
         written: bool of the same shape, or None.
+        ended: bool (ctas,), CTAs whose threads have all ended: others may not reach their memory any more.
+        some_ended: whether there are any in clusters.
     """
 
     def __init__(
-        self, ctas: int, cluster_size: int, size: int, track: bool, order: HappensBefore | None
+        self,
+        ctas: int,
+        cluster_size: int,
+        size: int,
+        track: bool,
+        order: HappensBefore | None,
+        warps_per_cta: int = 1,
     ) -> None:
         self.size = size
         self.stride = -(-size // 1024) * 1024
@@ -43,6 +52,9 @@ class SharedMemory:
         self.bytes = np.zeros((ctas, self.stride), np.uint8)
         self.written = np.zeros((ctas, self.stride), np.bool_) if track else None
         self.order = order
+        self.ended = np.zeros(ctas, np.bool_)
+        self.some_ended = False
+        self._warps_per_cta = warps_per_cta
         flat = self.bytes.reshape(-1)
         self._flat = {n: flat.view(carrier) for n, carrier in _CARRIER.items()}
 
@@ -60,6 +72,29 @@ class SharedMemory:
         ctas = np.asarray(ctas, np.int64)
         return ctas - ctas % self.cluster_size + rank, addresses & OFFSET_MASK
 
+    def end(self, ctas: np.ndarray) -> None:
+        """The threads of these CTAs (n,) have all ended."""
+        self.ended[ctas] = True
+        self.some_ended = self.cluster_size > 1
+
+    def check_there(self, cta: int, warp: int) -> None:
+        """Raise AddressError if a CTA, whose memory a warp reaches for, is not the warp's and has ended."""
+        if self.some_ended and self.ended[cta] and cta != warp // self._warps_per_cta:
+            rank = cta % self.cluster_size
+            raise AddressError(
+                f"the shared memory is that of CTA rank {rank} of the cluster, whose threads have all ended: "
+                "it must not end before others have finished with it"
+            )
+
+    def _check_all_there(self, batch: Batch, mask: np.ndarray, ctas: np.ndarray) -> None:
+        wrong = mask & self.ended[ctas] & (ctas != batch.ctas[:, None])
+        if wrong.any():
+            row, lane = (int(axis[0]) for axis in np.nonzero(wrong))
+            try:
+                self.check_there(int(ctas[row, lane]), int(batch.warps[row]))
+            except AddressError as error:
+                raise at(error, row, lane) from None
+
     # Accesses of lanes.
 
     def _flat_offsets(
@@ -70,6 +105,8 @@ class SharedMemory:
         ctas = batch.ctas[:, None]
         if self.cluster_size > 1:
             ctas, addresses = self.locate(ctas, addresses)
+            if self.some_ended:
+                self._check_all_there(batch, mask, ctas)
         # One unsigned comparison finds negative ones too.
         outside = addresses.view(np.uint64) > np.uint64(self.size - nbytes)
         if outside.any() or (nbytes > 1 and (addresses & (nbytes - 1)).any()):
@@ -157,7 +194,9 @@ class SharedMemory:
 
     # Accesses of engines: one CTA, any offsets.
 
-    def _check_range(self, low: int, high: int) -> None:
+    def _check_range(self, cta: int, low: int, high: int, by: Access | None) -> None:
+        if by is not None:
+            self.check_there(cta, by.warp)
         if low < 0 or high > self.size:
             raise AddressError(
                 f"the bytes of shared memory from {low:#x} to {high:#x} lie outside the CTA's {self.size}"
@@ -167,7 +206,7 @@ class SharedMemory:
         """Bytes at offsets (int64, any shape) of a CTA's window, as uint8 of that shape."""
         if offsets.size == 0:
             return np.zeros(offsets.shape, np.uint8)
-        self._check_range(int(offsets.min()), int(offsets.max()) + 1)
+        self._check_range(cta, int(offsets.min()), int(offsets.max()) + 1, by)
         if self.written is not None and not self.written[cta].take(offsets).all():
             bad = offsets[~self.written[cta].take(offsets)]
             self._never_written(int(bad.min()), bad.size)
@@ -179,7 +218,7 @@ class SharedMemory:
         """Set bytes at offsets (int64, any shape) of a CTA's window."""
         if offsets.size == 0:
             return
-        self._check_range(int(offsets.min()), int(offsets.max()) + 1)
+        self._check_range(cta, int(offsets.min()), int(offsets.max()) + 1, by)
         if self.order is not None and by is not None:
             self.order.write("shared", cta, offsets.reshape(-1), by)
         self.bytes[cta][offsets] = data
@@ -188,7 +227,7 @@ class SharedMemory:
 
     def read_range(self, cta: int, start: int, nbytes: int, by: Access | None) -> np.ndarray:
         """The bytes [start, start + nbytes) of a CTA's window, a copy."""
-        self._check_range(start, start + nbytes)
+        self._check_range(cta, start, start + nbytes, by)
         if self.written is not None and not self.written[cta, start : start + nbytes].all():
             missing = np.nonzero(~self.written[cta, start : start + nbytes])[0]
             self._never_written(start + int(missing[0]), len(missing))
@@ -198,7 +237,7 @@ class SharedMemory:
 
     def write_range(self, cta: int, start: int, data: np.ndarray, by: Access | None) -> None:
         """Set the bytes from `start` of a CTA's window."""
-        self._check_range(start, start + len(data))
+        self._check_range(cta, start, start + len(data), by)
         if self.order is not None and by is not None:
             self.order.write("shared", cta, slice(start, start + len(data)), by)
         self.bytes[cta, start : start + len(data)] = data

@@ -17,6 +17,8 @@ AT = (0, 1024)
 class Shared:
     """Shared memory that checks nothing."""
 
+    some_ended = False
+
     def __init__(self, ctas: int) -> None:
         self.bytes = np.zeros((ctas, 4096), np.uint8)
         self.reads: list[tuple[int, int, object]] = []

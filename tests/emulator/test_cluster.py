@@ -81,6 +81,38 @@ def test_memory_of_the_next_cta(run, seed):
     assert run(body.format(map=generic), seed=seed) == found
 
 
+REACHES = {
+    "ld": "ld.shared::cluster.b32 %r100, [%r11];",
+    "st": "st.shared::cluster.b32 [%r11], %r7;",
+    "atom": "atom.shared::cluster.add.u32 %r100, [%r11], 1;",
+    "arrive": "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r12];",
+    "st.async": "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%r11], %r7, [%r12];",
+    "cp.async.bulk": """
+ setp.eq.u32 %p4, %r1, 0;
+ @%p4 cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r11], [%r10], 16, [%r12];""",
+}
+
+
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES)
+def test_a_cta_that_has_ended_is_out_of_reach(run, reach):
+    body = f"""
+ shl.b32 %r9, %r1, 4; add.u32 %r10, %r5, %r9; add.u32 %r10, %r10, 64; mov.u32 %r13, 0;
+ st.shared.v4.b32 [%r10], {{%r13, %r13, %r13, %r13}}; fence.proxy.async.shared::cta;
+ setp.eq.u32 %p2, %r1, 0; @%p2 mbarrier.init.shared.b64 [%r5], 32;
+ {MEET}
+ mov.u32 %r14, %cluster_ctarank; setp.eq.u32 %p3, %r14, 1; @%p3 ret;
+ mapa.shared::cluster.u32 %r11, %r10, 1; mapa.shared::cluster.u32 %r12, %r5, 1;
+WORK: add.u32 %r13, %r13, 1; setp.lt.u32 %p1, %r13, 400; @%p1 bra WORK;
+ {{reach}}
+ barrier.cluster.arrive; barrier.cluster.wait;
+"""
+    with pytest.raises(
+        AddressError, match="CTA rank 1 of the cluster, whose threads have all ended"
+    ) as caught:
+        run(body.replace("{reach}", reach))
+    assert caught.value.cta in ((0, 0, 0), (2, 0, 0), (3, 0, 0)) and caught.value.warp == 0
+
+
 @pytest.mark.parametrize("rank", [4, 16, 255, 256, 0xFFFFFFFF])
 def test_a_rank_outside_the_cluster_reaches_nobody(run, rank):
     with pytest.raises(AddressError, match=r"rank \d+, and the cluster has 4"):

@@ -108,7 +108,7 @@ def _try_cancel(ins: Instruction) -> Effect:
             targets = [(each, machine.access_async(warp, ("mbarrier", each, barrier))) for each in ctas]
             time = int(machine.time[warp])
             queue = ("clusterlaunchcontrol", first)
-            machine.later(queue, partial(_respond, machine, targets, response, barrier, time))
+            machine.later(queue, partial(_respond, machine, targets, response, barrier, time), warp)
 
     return Effect(function, tuple((operand, "address") for operand in ins.operands))
 

@@ -96,7 +96,8 @@ def _effect(
         for (warp, signal), stores in sent.items():
             access = machine.access_async(warp, ("mbarrier", *signal), proxy="generic")
             time = int(machine.time[warp])
-            machine.later(("st.async", warp), partial(_arrive, machine, signal, stores, change, access, time))
+            arrive = partial(_arrive, machine, signal, stores, change, access, time)
+            machine.later(("st.async", warp), arrive, warp)
 
     function.shared_bytes = min(nbytes, 8)
     reads = ((address, "address"), (barrier, "address"), *((element, type_) for element in elements))

@@ -97,7 +97,7 @@ def _issue(
         text = f"{form.rows} x {form.nbytes} bytes to tensor memory, column {column}"
         place = warp % machine.warps_per_cta
         machine.trace.add("cp", int(batch.ctas[row]), place, start, end, ins.line, text, column=column)
-    pipes.later(ctas, perform)
+    pipes.later(ctas, perform, warp)
 
 
 @cache

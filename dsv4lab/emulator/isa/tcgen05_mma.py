@@ -113,7 +113,7 @@ def _issue(batch: Batch, row: int, form: Form, values: list[int], ins: Instructi
         _disabled(extra) if form.masked else None, pipes.access(warp),
     )  # fmt: skip
     _account(batch, row, work, ins)
-    pipes.later(ctas, lambda: perform(machine, work))
+    pipes.later(ctas, lambda: perform(machine, work), warp)
 
 
 def _account(batch: Batch, row: int, work: Work, ins: Instruction) -> None:

@@ -70,9 +70,9 @@ class TensorPipes:
         """Model time at which all that a warp has issued is done."""
         return max(self._done.get(warp, 0), int(self.machine.time[warp]))
 
-    def later(self, ctas: tuple[int, ...], function: Callable[[], None]) -> None:
-        """Perform a function behind the earlier operations of these CTAs."""
-        self.machine.later(("tcgen05", ctas[0]), function)
+    def later(self, ctas: tuple[int, ...], function: Callable[[], None], warp: int) -> None:
+        """Perform what a warp has issued, behind the earlier operations of these CTAs."""
+        self.machine.later(("tcgen05", ctas[0]), function, warp)
 
     def access(self, warp: int) -> Access | None:
         """Token of an operation that a warp issues now."""
@@ -126,7 +126,7 @@ def _commit(
         for owner, offset in targets:
             machine.state(Barriers).arrive(owner, offset, 1, None, time, access)
 
-    pipes.later(ctas, perform)
+    pipes.later(ctas, perform, warp)
 
 
 def in_shared_memory(machine: Machine, cta: int, address: int, in_shared: bool) -> tuple[int, int]:
