@@ -9,7 +9,7 @@ from typing import Any
 from dsv4lab.emulator.extents import strided_nbytes
 
 # DLDeviceType of dlpack.h.
-_CPU, _CUDA, _CUDA_HOST = 1, 2, 3
+_CPU, CUDA, _CUDA_HOST = 1, 2, 3
 # DLDataTypeCode of dlpack.h, by name; the float8 and smaller kinds carry their width in `bits` as well.
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 
@@ -86,7 +86,7 @@ def pretend_cuda(capsule: Any) -> Span:
             f"the emulator runs on CPU tensors, got one of DLPack device type {tensor.device_type}: "
             "move it with .cpu()"
         )
-    tensor.device_type, tensor.device_id = _CUDA, 0
+    tensor.device_type, tensor.device_id = CUDA, 0
     return _span(tensor)
 
 

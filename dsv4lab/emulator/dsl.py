@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from cutlass.base_dsl.dsl import DSLSingletonMeta
 from cutlass.base_dsl.jit_executor import JitExecutor
 from cutlass.cute import runtime as cute_runtime
 from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitCompiledFunction
 from cutlass.utils import HardwareInfo
 
-from dsv4lab.emulator import dlpack, shim
+from dsv4lab.emulator import dlpack, shim, tvm_functions
 from dsv4lab.emulator.errors import EmulatorError, UnsupportedRuntimeCall
 from dsv4lab.emulator.modules import Module
 
@@ -81,6 +82,9 @@ def patched(device: Device, dump_dir: str) -> Iterator[None]:
         _set(stack, cute_runtime._Tensor, "__init__", _adopting(cute_runtime._Tensor.__init__, device))
         for name, answer in _hardware(device).items():
             _set(stack, HardwareInfo, name, answer)
+        if tvm_functions.installed():
+            for owner, name, value in tvm_functions.replacements(_refuse):
+                _set(stack, owner, name, value)
         yield
 
 
@@ -127,7 +131,7 @@ def _linking(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def jit(module: Any, *args: Any, **kwargs: Any) -> Any:
         engine = original(module, *args, **kwargs)
-        shim.link(engine, module)
+        shim.link(engine, module, tvm_functions.answer)
         return engine
 
     return jit
@@ -136,9 +140,9 @@ def _linking(original: Callable[..., Any]) -> Callable[..., Any]:
 def _building(original: Callable[..., Any], device: Device, dump_dir: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def build(func_type: Any, module: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if func_type is not CudaDialectJitCompiledFunction:
-            raise EmulatorError("the emulator runs no functions of TVM-FFI: do not enable it")
-        function = original(EmulatedFunction, module, engine, *args, **kwargs)
+        ordinary = func_type is CudaDialectJitCompiledFunction
+        make = EmulatedFunction if ordinary else func_type
+        function = original(make, module, engine, *args, **kwargs)
         compiled = None
         if function.has_gpu_module:
             if engine is None:
@@ -150,6 +154,8 @@ def _building(original: Callable[..., Any], device: Device, dump_dir: str) -> Ca
             kept = function.artifacts
             compiled = Module(function.function_name, device.arch.name, str(kept.PTX), kept.CUBIN or b"")
         function.host = device.host(function.function_name, compiled)
+        if not ordinary:
+            tvm_functions.adopt(function, function.host)
         _forget_artifacts(dump_dir)
         return function
 
@@ -164,8 +170,12 @@ def _forget_artifacts(dump_dir: str) -> None:
 
 def _adopting(original: Callable[..., None], device: Device) -> Callable[..., None]:
     @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def init(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("enable_tvm_ffi") and isinstance(tensor, torch.Tensor):
+            self._shown = tvm_functions.Shown(tensor, device.memory)
+            original(self, self._shown, *args, **kwargs)
+            return
+        original(self, tensor, *args, **kwargs)
         span = dlpack.pretend_cuda(self._dlpack_data)
         device.memory.lend(self, span.start, span.nbytes, span.description)
 

@@ -114,6 +114,11 @@ def _get_device(host: Host, device: Any) -> None:
     device[0] = 0
 
 
+def _set_device(host: Host, device: int) -> None:
+    if device:
+        raise UnsupportedRuntimeCall(f"the emulator has device 0 only, got {device}")
+
+
 def _device_count(host: Host, count: Any) -> None:
     count[0] = 1
 
@@ -141,6 +146,7 @@ _ANSWERS = {
     ),
     "_cudaLibraryGetKernel": _answer(_get_kernel, _void_pp, _void_p, ctypes.c_char_p),
     "_cudaGetDevice": _answer(_get_device, _int_p),
+    "_cudaSetDevice": _answer(_set_device, _int),
     "_cudaGetDeviceCount": _answer(_device_count, _int_p),
     "_cudaDeviceGetAttribute": _answer(_device_attribute, _int_p, _int, _int),
     "_cuKernelGetAttribute": _answer(_kernel_attribute, _int_p, _int, _void_p, _int),
@@ -169,15 +175,16 @@ def external_functions(module: Any) -> list[str]:
     ]
 
 
-def link(engine: Any, module: Any) -> None:
+def link(engine: Any, module: Any, other: Callable[[str], Any] = lambda name: None) -> None:
     """Give a JIT engine the emulator's runtime, before it links: each `_cu...` function it declares.
 
     Args:
         engine: the execution engine of a compiled module, from which nothing has been looked up yet.
         module: that MLIR module.
+        other: the C function for another name, or None.
     """
     for name in external_functions(module):
-        if name.startswith("_cu"):
-            function = _ANSWERS.get(name) or _refusal(name)
-            engine.raw_register_runtime(name, ctypes.cast(function, ctypes.c_void_p))
+        known = _ANSWERS.get(name) or other(name)
+        if known is not None or name.startswith("_cu"):
+            engine.raw_register_runtime(name, ctypes.cast(known or _refusal(name), ctypes.c_void_p))
     engine.linked = True
