@@ -16,6 +16,15 @@ from dsv4lab.plots.quantization import (
     staircase,
 )
 from dsv4lab.plots.style import Picture, Table
+from dsv4lab.plots.swiglu import (
+    clamped,
+    fusion_bytes,
+    gate_up_rows,
+    granularity,
+    granularity_error,
+    interleaved_by,
+    swiglu_traffic,
+)
 from dsv4lab.plots.tables import backends, conventions, weight_bytes
 from dsv4lab.plots.timeline import busy, timeline, trace_step, trace_steps
 
@@ -29,12 +38,18 @@ __all__ = [
     "block",
     "block_codes",
     "busy",
+    "clamped",
     "code_use",
     "conventions",
     "edited_block",
     "error_shares",
     "error_table",
+    "fusion_bytes",
+    "gate_up_rows",
+    "granularity",
+    "granularity_error",
     "group_rows",
+    "interleaved_by",
     "logits",
     "matrices",
     "mma_step",
@@ -48,6 +63,7 @@ __all__ = [
     "sqnr_db",
     "staircase",
     "sum_errors",
+    "swiglu_traffic",
     "tensor_memory",
     "timeline",
     "tma_boxes",
