@@ -61,6 +61,11 @@ class Block:
     compiled: list[Callable[..., Any] | None] = field(default_factory=lambda: [None, None])
 
     @property
+    def first(self) -> Instruction:
+        """Its first instruction."""
+        return self.body[0][0] if self.body else self.end
+
+    @property
     def count(self) -> int:
         """Instructions in it."""
         return len(self.body) + (self.end is not None)

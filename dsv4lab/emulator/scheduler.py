@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 
 from dsv4lab.emulator.batch import Batch, Frames, bits_of, mask_of
-from dsv4lab.emulator.errors import (
-    DeadlockError,
-    EmulatorError,
-    InstructionLimitError,
-    KernelTrap,
-    at,
-    at_instruction,
-    in_kernel,
-)
+from dsv4lab.emulator.blame import deadlock, instruction_of, located
+from dsv4lab.emulator.errors import EmulatorError, InstructionLimitError, KernelTrap, at, at_instruction
 from dsv4lab.emulator.machine import Machine
 from dsv4lab.emulator.program import Block
 from dsv4lab.emulator.translate import compile_block
@@ -62,9 +55,9 @@ class Scheduler:
             for function in self.machine.at_end:
                 function()
         except EmulatorError as error:
-            raise self._located(error) from None
+            raise located(error, self.machine) from None
         except Exception as error:
-            ins = self._instruction_of(error)
+            ins = instruction_of(error, self.program)
             error.add_note(f"in {self.program.kernel}, {f'PTX line {ins.line}: {ins.text}' if ins else ''}")
             raise
 
@@ -103,7 +96,7 @@ class Scheduler:
         run.executed += block.count * len(batch)
         run.rows[number] += len(batch)
         if run.executed > run.options.limit:
-            raise at_instruction(self._limit(), self._first(block))
+            raise at_instruction(self._limit(), block.first)
         result = self._run(block, batch)
         if batch.parked:
             batch = self._park(block, batch)
@@ -151,10 +144,6 @@ class Scheduler:
             "runs for ever, or `limit` is too small for it"
         )
 
-    @staticmethod
-    def _first(block: Block) -> Any:
-        return block.body[0][0] if block.body else block.end
-
     # Waiting.
 
     def _park(self, block: Block, batch: Batch) -> Batch | None:
@@ -179,7 +168,7 @@ class Scheduler:
         machine = self.machine
         if not machine.pending:
             if not self._give_up():
-                raise self._deadlock()
+                raise deadlock(self.machine, self.parked, self.frames)
             return
         # What this puts under way in turn waits until rows have run again.
         for _ in range(machine.pending):
@@ -202,24 +191,6 @@ class Scheduler:
                 self._put(block, batch)
             self.parked[key] = stay
         return found
-
-    def _deadlock(self) -> DeadlockError:
-        waiting = [entry for entries in self.parked.values() for entry in entries]
-        lines = []
-        for number, batch, reason in waiting[:12]:
-            cta, warp = self._place(batch, 0)
-            ins = self._first(self.program.blocks[number])
-            lines.append(
-                f"CTA {cta} warp {warp} waits at PTX line {ins.line} ({ins.text.strip()}) for {reason}"
-            )
-        meeting = np.nonzero((self.frames.expected != 0) & (self.frames.arrived != 0))[0]
-        for frame in meeting[: 12 - len(lines)].tolist():
-            here, all_ = int(self.frames.arrived[frame]), int(self.frames.expected[frame])
-            lines.append(
-                f"warp {int(self.frames.warp[frame])}: lanes {here:#x} wait for the others of {all_:#x}"
-            )
-        more = f"; and {len(waiting) - 12} more" if len(waiting) > 12 else ""
-        return DeadlockError("no warp can go on: " + "; ".join(lines) + more)
 
     # Where control goes.
 
@@ -362,38 +333,6 @@ class Scheduler:
         complete = self.frames.leave(batch.frames[inside], bits[inside])
         for frame in np.unique(complete).tolist():
             self._resume(int(self.frames.block[frame]), np.array([frame]), batch.clock)
-
-    # Errors.
-
-    def _place(self, batch: Batch, row: int) -> tuple[tuple[int, int, int], int]:
-        warp = int(batch.warps[row])
-        per_cta = self.machine.warps_per_cta
-        return tuple(self.machine.cta_index[warp // per_cta].tolist()), warp % per_cta
-
-    def _located(self, error: EmulatorError) -> EmulatorError:
-        """Add to an error where in the kernel it happened."""
-        current = self.machine.current
-        instruction = self._instruction_of(error)
-        if instruction is not None:
-            at_instruction(error, instruction)
-        if isinstance(error, (DeadlockError, InstructionLimitError)) or current is None:
-            return in_kernel(error, self.program.kernel, error.cta, error.warp)
-        batch = current
-        row = (
-            error.row if error.row is not None and error.row < len(batch) else 0 if len(batch) == 1 else None
-        )
-        cta, warp = self._place(batch, row) if row is not None else (None, None)
-        return in_kernel(error, self.program.kernel, cta, warp)
-
-    def _instruction_of(self, error: BaseException) -> Any:
-        """The instruction whose function raised, found by the line of the block's Python function."""
-        found, step = None, error.__traceback__
-        while step is not None:
-            origin = self.program.lines.get(step.tb_frame.f_code)
-            if origin is not None:
-                found = origin[step.tb_lineno - 1]
-            step = step.tb_next
-        return found
 
 
 def _rejoin(
