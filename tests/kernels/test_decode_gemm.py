@@ -208,6 +208,27 @@ def test_shares_of_k_are_added_in_the_order_of_ranks_whatever_comes_first(cluste
     assert torch.equal(multiply(a, b, where, Decode(8, 8))[0], expected)
 
 
+def test_rows_behind_2_to_the_31_elements(gpu):
+    """Two groups 2^25 rows apart; memory in between is never touched, so that it does not exist."""
+    start, n, k = 2**25, 64, 64
+    codes = torch.empty(start + 128, k // 2, dtype=torch.uint8)
+    scales = torch.empty(start + 128, 4, dtype=torch.uint8)
+    out = torch.empty(start + 128, n, dtype=BF16)
+    for row in (0, start):
+        codes[row : row + 128], scales[row : row + 128] = 0x22, 0x38  # 1.0 and 1.0
+    codes[start + 2] = 0x44  # 2.0
+    weights = torch.full((2, n, k // 2), 0x22, dtype=torch.uint8)
+    weight_scales = torch.full((2, 128, 4), 0x38, dtype=torch.uint8).view(E4M3)
+    ends, sizes = torch.tensor([start, start + 128]), torch.tensor([2, 3])
+    product = gemm.prepare(
+        codes, scales.view(E4M3), torch.ones(()), "swizzled", "tensor", weights, weight_scales,
+        torch.tensor([1.0, 3.0]), "swizzled", False, ends.int(), sizes.int(),
+    )  # fmt: skip
+    decode_gemm_sm100a.run(product, gemm.Output("bf16", None, False, (out,)), Decode(8, 1))
+    assert out[:2].eq(64).all()
+    assert out[start : start + 2].eq(3 * 64).all() and out[start + 2].eq(3 * 128).all()
+
+
 @pytest.mark.parametrize(("limit", "weights"), [(LIMIT, "interleaved"), (None, "group")])
 @pytest.mark.parametrize("split", [1, 4])
 def test_swiglu(split, limit, weights, cases, gpu):
@@ -242,6 +263,9 @@ def test_quantized_activations_are_those_of_the_reference(sizes, n, choice, layo
     all_scales[where.real] = want_scales.view(torch.uint8)
     want = reference.swizzle(all_scales.view(E4M3)) if layout == "swizzled" else all_scales
     assert torch.equal(scales, want.view(torch.uint8))
+    # Each byte is written once, so that no order of zeros and scales matters.
+    written = gpu.runs[-1].counters["global.store_bytes"]
+    assert written == want.numel() + int(where.real.sum()) * n // 4
 
 
 def test_nan_stays_where_it_is(cases, gpu):
