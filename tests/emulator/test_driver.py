@@ -23,7 +23,7 @@ from cutlass.cutlass_dsl import CuTeDSL
 from cutlass.utils import HardwareInfo
 from nbclient import NotebookClient
 
-from dsv4lab.emulator import EmulatorError, UnsupportedRuntimeCall, device
+from dsv4lab.emulator import EmulatorError, UnsupportedRuntimeCall, current_device, device
 from dsv4lab.emulator.architectures import ARCHITECTURES
 
 BOTH = pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
@@ -363,6 +363,23 @@ def test_writing_into_a_guard_zone_is_noticed(kernels):
         gpu.executor = execute
         with pytest.raises(EmulatorError, match=r"after x \(float32 \(32,\)"):
             kernels.scale_then_shift(pointer(x), 1.0, 1.0)
+
+
+def test_after_a_mistake_the_next_launch_works(kernels):
+    """In the same device and in the next, and the process is as it was."""
+    for _ in range(2):
+        with device("sm_100a") as gpu:
+            x = gpu.from_torch(torch.arange(32.0), name="x")
+            outside = torch.zeros(32)
+            run = cute.compile(kernels.scale_then_shift, pointer(x), 1.0, 1.0)
+            with pytest.raises(EmulatorError, match="belong to no registered tensor") as caught:
+                run(pointer(outside), 2.0, 1.0)
+            assert caught.value.cta == (0, 0, 0) and caught.value.lane == 0 and caught.value.line
+            before = len(gpu.memory.registry.extents())
+            run(pointer(x), 2.0, 1.0)
+            assert x.tolist() == [2.0 * i + 1.0 for i in range(32)]
+            assert len(gpu.memory.registry.extents()) == before
+        assert current_device() is None
 
 
 LATCHED = """

@@ -88,6 +88,53 @@ OUT:
 
 
 @SEEDS
+def test_ctas_of_a_large_cluster_that_end_before_the_others_meet(ptx_kernel, seed):
+    body = """
+ mov.u32 %r5, %cluster_ctarank; mov.u32 %r6, %ctaid.x; mad.lo.u32 %r7, %r6, 40, %r1;
+ mul.wide.u32 %rd3, %r7, 4; mov.u32 %r9, %r5;
+ and.b32 %r8, %r5, 3; setp.eq.u32 %p1, %r8, 0; @%p1 bra OUT;
+ barrier.cluster.arrive; barrier.cluster.wait;
+ add.u32 %r9, %r9, 100;
+ barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;
+OUT:
+"""
+    y = torch.full((32 * 40,), -1, dtype=torch.int32)
+    launch = {"grid": (32, 1, 1), "cluster": (16, 1, 1), "block": (40, 1, 1)}
+    _, (_, y) = run(ptx_kernel(body + STORE), y, y, seed=seed, **launch)
+    expected = [r if r % 4 == 0 else r + 100 for r in range(16)]
+    assert y.reshape(2, 16, 40).tolist() == [[[e] * 40 for e in expected]] * 2
+
+
+@SEEDS
+def test_warps_that_part_meet_at_barriers_of_their_own(ptx_kernel, seed):
+    body = """
+ mov.u32 %r4, smem; shl.b32 %r5, %r1, 2; add.u32 %r5, %r5, %r4; st.shared.b32 [%r5], %r1;
+ setp.ge.u32 %p1, %r1, 512;
+ @%p1 bra B;
+ bar.sync 1, 512; xor.b32 %r6, %r1, 511; bar.sync 0; bra E;
+B: bar.sync 2, 512; xor.b32 %r6, %r1, 1023; bar.sync 0;
+E: shl.b32 %r6, %r6, 2; add.u32 %r6, %r6, %r4; ld.shared.b32 %r9, [%r6];
+"""
+    expected = [t ^ (511 if t < 512 else 1023) for t in range(1024)]
+    assert lanes(ptx_kernel(body + STORE), 1024, shared_bytes=4096, seed=seed) == expected
+
+
+@SEEDS
+def test_blocks_and_grids_of_three_dimensions(ptx_kernel, seed):
+    body = """
+ mov.u32 %r2, %tid.y; mov.u32 %r3, %tid.z; mov.u32 %r4, %ntid.x; mov.u32 %r5, %ntid.y;
+ mad.lo.u32 %r6, %r3, %r5, %r2; mad.lo.u32 %r6, %r6, %r4, %r1;
+ mov.u32 %r10, %ctaid.x; mov.u32 %r11, %ctaid.y; mov.u32 %r12, %ctaid.z;
+ mov.u32 %r13, %nctaid.x; mov.u32 %r14, %nctaid.y;
+ mad.lo.u32 %r15, %r12, %r14, %r11; mad.lo.u32 %r15, %r15, %r13, %r10;
+ mad.lo.u32 %r9, %r15, 30, %r6; mul.wide.u32 %rd3, %r9, 4;
+"""
+    y = torch.full((24 * 30,), -1, dtype=torch.int32)
+    _, (_, y) = run(ptx_kernel(body + STORE), y, y, seed=seed, grid=(2, 3, 4), block=(5, 3, 2))
+    assert y.tolist() == list(range(720))
+
+
+@SEEDS
 def test_lanes_that_return_early_are_not_waited_for(ptx_kernel, seed):
     body = """
  mov.u32 %r9, 1;
