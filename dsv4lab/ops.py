@@ -43,10 +43,12 @@ class Backend:
 
 @dataclass
 class Implementation:
-    """A backend's code for an operation: `function(*args)` returns tensors, `out(*args, *outs)` fills."""
+    """A backend's code for an operation: `function(*args)` returns tensors, `out(*args, *outs)` fills, and
+    `refuses(*args)` says why it does not take these arguments, or returns None."""
 
     function: Callable
     out: Callable
+    refuses: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass
@@ -99,14 +101,18 @@ def use_backend(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
-def unavailable_reason(name: str, device: torch.device | str, op: str) -> str | None:
-    """Why a backend cannot run an operation on a device, in words; None when it can."""
+def unavailable_reason(
+    name: str, device: torch.device | str, op: str, args: tuple | None = None
+) -> str | None:
+    """Why a backend cannot run an operation on a device, with these arguments if given; None when it can."""
     backend = BACKENDS[name]
     reason = backend.unavailable(torch.device(device))
     if reason is None and backend.module:
         importlib.import_module(backend.module)
     if reason is None and name not in OPS[op].implementations:
         reason = f"it has no implementation of {op}"
+    if reason is None and args is not None:
+        reason = OPS[op].implementations[name].refuses(*args)
     return reason
 
 
@@ -115,23 +121,26 @@ def _check_known(name: str) -> None:
         raise ValueError(f"backend {name!r} is unknown; known are {', '.join(sorted(BACKENDS))}")
 
 
-def _default(backend: Backend, device: torch.device, op: str) -> bool:
+def _default(backend: Backend, device: torch.device, op: str, args: tuple | None) -> bool:
     if backend.asked_on_cpu and device.type == "cpu":
         return False
-    return unavailable_reason(backend.name, device, op) is None
+    return unavailable_reason(backend.name, device, op, args) is None
 
 
-def resolve_backend(name: str | None, device: torch.device | str, op: str) -> str:
+def resolve_backend(name: str | None, device: torch.device | str, op: str, args: tuple | None = None) -> str:
     """The backend that will run an operation: the named one, that of `use_backend`, or the device's default.
+
+    Args:
+        args: of the operation; None for whatever every backend takes.
 
     Raises:
         ValueError: the named backend is unknown or cannot run this operation here. A name never falls back.
     """
     name = name or _named.get()
     if name is None:
-        return next(b.name for b in BACKENDS.values() if _default(b, torch.device(device), op))
+        return next(b.name for b in BACKENDS.values() if _default(b, torch.device(device), op, args))
     _check_known(name)
-    if reason := unavailable_reason(name, device, op):
+    if reason := unavailable_reason(name, device, op, args):
         raise ValueError(f"backend {name!r} cannot run {op} on {torch.device(device)}: {reason}")
     return name
 
@@ -170,7 +179,11 @@ def register_op(schema: str, reference: Callable, fake: Callable) -> Op:
 
 
 def register_implementation(
-    name: str, backend: str, function: Callable | None = None, out: Callable | None = None
+    name: str,
+    backend: str,
+    function: Callable | None = None,
+    out: Callable | None = None,
+    refuses: Callable[..., str | None] | None = None,
 ) -> None:
     """Give an operation a backend's implementation; one of the two forms is enough, the other is derived.
 
@@ -179,6 +192,8 @@ def register_implementation(
         backend: a name of BACKENDS.
         function: function(*args) -> tensor or tuple of tensors.
         out: out(*args, *outs) -> None, natural for kernels; the functional form then allocates by the fake.
+        refuses: refuses(*args) -> why it does not take these arguments, in words; None when it does. Another
+            backend then runs them, unless this one was named.
     """
     if function is None and out is None:
         raise ValueError(f"the {backend} implementation of {name} needs function or out")
@@ -194,7 +209,8 @@ def register_implementation(
         for target, result in zip(outs, _as_tuple(function(*inputs)), strict=True):
             first_rows(target, result.shape).copy_(result)
 
-    op.implementations[backend] = Implementation(function or allocate_and_fill, out or compute_and_copy)
+    code = (function or allocate_and_fill, out or compute_and_copy)
+    op.implementations[backend] = Implementation(*code) if refuses is None else Implementation(*code, refuses)
 
 
 def first_rows(out: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -225,6 +241,7 @@ def _runner(op: Op, form: str) -> Callable:
     @torch.no_grad()
     def run(*args, backend: str | None = None):
         device = next(a.device for a in args if isinstance(a, Tensor))
-        return getattr(op.implementations[resolve_backend(backend, device, op.name)], form)(*args)
+        given = args if form == "function" else args[: -op.returns]
+        return getattr(op.implementations[resolve_backend(backend, device, op.name, given)], form)(*args)
 
     return run

@@ -124,12 +124,23 @@ IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
 }
 
 
+def refuses(*operands) -> str | None:
+    """Why kernels cannot multiply the operations' operands; None if they can."""
+    if operands[1] is None:
+        return "it multiplies NVFP4 activations only, got bf16 ones: quantize them first"
+    rows, (n, half) = operands[0].shape[0], operands[5].shape[-2:]
+    if n % 8:
+        return f"it needs b with N % 8 == 0, got N = {n}"
+    if rows > _MAX_ROWS or 2 * n * half // BLOCK > _MAX_SCALES:
+        return (
+            f"its kernels count up to {_MAX_ROWS} rows and {_MAX_SCALES} block scales of a weight matrix, "
+            f"got {rows} rows and N x K = {n} x {2 * half}"
+        )
+    return None
+
+
 def _run(operands: list, output: Output) -> None:
     """Compute what is there to compute, with the kernel that suits the sizes."""
-    if operands[1] is None:
-        raise ValueError(
-            "backend 'blackwell' multiplies NVFP4 activations only, got bf16 ones: quantize them first"
-        )
     if not output.tensors[0].numel():
         return
     if not operands[5].numel():
@@ -151,16 +162,11 @@ def prepare(
     """The operations' operands as kernels take them.
 
     Raises:
-        ValueError: N is no multiple of 8, or sizes cannot be counted in 32 bits.
+        ValueError: kernels refuse them.
     """
+    if reason := refuses(a, a_scales, a_global, a_layout, a_granularity, b):
+        raise ValueError(reason)
     rows, n, k = a.shape[0], b.shape[-2], a.shape[-1] * 2
-    if n % 8:
-        raise ValueError(f"backend 'blackwell' needs b with N % 8 == 0, got N = {n}")
-    if rows > _MAX_ROWS or n * k // BLOCK > _MAX_SCALES:
-        raise ValueError(
-            f"kernels count up to {_MAX_ROWS} rows and {_MAX_SCALES} block scales of a weight matrix, "
-            f"got {rows} rows and N x K = {n} x {k}"
-        )
     if a_layout == "linear":
         a_scales = layouts.swizzle_scales(kernel_input(a_scales), backend="blackwell")
     halves = "interleaved" if b_interleaved else "halves"

@@ -135,3 +135,20 @@ def test_a_backend_can_be_named_for_a_block():
         with pytest.raises(ValueError, match="'hopper' cannot run"):
             ops.resolve_backend("hopper", "cpu", "quantize")
     assert ops.resolve_backend(None, "cpu", "quantize") == "reference"
+
+
+def test_a_backend_may_refuse_arguments(backend):
+    """Then another one runs them, but for one that was named."""
+
+    def refuses(x):
+        return "it takes matrices only" if x.dim() != 2 else None
+
+    register_implementation("test_negate", backend, function=lambda x: x + 7, refuses=refuses)
+    assert negate(torch.zeros(2, 4)).eq(7).all() and negate(torch.ones(4)).eq(-1).all()
+    out = torch.zeros(3)
+    negate.out(torch.ones(2), outs=(out,))
+    assert out.tolist() == [-1, -1, 0]
+    with pytest.raises(ValueError, match="'testing' cannot run test_negate on cpu: it takes matrices only"):
+        negate(torch.zeros(4), backend=backend)
+    assert resolve_backend(None, "cpu", "test_negate") == backend
+    assert resolve_backend(None, "cpu", "test_negate", (torch.zeros(4),)) == "reference"
