@@ -76,9 +76,10 @@ def group_rows(sizes: Sequence[int], offsets: Sequence[int], names: Sequence[str
     """
     rows = max(offsets[-1], 1) if len(offsets) else 1
     used = sum(sizes)
+    empty = " An empty group takes no rows at all, and is marked at its place." * (0 in sizes)
     picture, axes = new(
         f"The buffer of {offsets[-1] if len(offsets) else 0} rows, {used} of them real. Each group starts at "
-        "a multiple of 128, a whole tile; an empty group takes no rows at all, and is marked at its place.",
+        f"a multiple of 128, a whole tile.{empty}",
         size=(8.4, 1.9),
     )
     start = 0
