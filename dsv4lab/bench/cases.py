@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..formats import BLOCK, NVFP4Tensor
+from ..formats import BLOCK, SCALE_DTYPE, NVFP4Tensor
 from ..gemm import grouped_mm, grouped_mm_swiglu
+from ..gemm_arguments import operands
 from ..layouts import swizzle_scales, with_scale_layout
+from ..ops import resolve_backend
 from ..quantize import (
     dequantize_nvfp4,
     mhc_rmsnorm_quantize,
@@ -164,6 +166,20 @@ class Case:
     def fp4(self) -> bool:
         """Whether it multiplies FP4 by FP4."""
         return len(self.shape) > 2 and not self.kind.endswith("_w4a16")
+
+    def backend(self, name: str | None, device: torch.device | str) -> str:
+        """What will run it, see `ops.resolve_backend`: not every backend takes every kind of operands."""
+        return resolve_backend(name, device, self.op, self._arguments())
+
+    def _arguments(self) -> tuple | None:
+        """The operator's arguments for one row of zeros and weights without values; None if all do."""
+        if len(self.shape) == 2:
+            return None
+        _, k, n, *_ = self.shape
+        row = torch.zeros(1, k, dtype=torch.bfloat16)
+        codes = torch.empty(n, k // 2, dtype=torch.uint8)
+        weight = NVFP4Tensor(codes, torch.empty(n, k // BLOCK, dtype=SCALE_DTYPE), torch.ones(()))
+        return operands(inputs.by_token(row) if self.fp4 else row, weight, None, None)[0]
 
     def ready(self, given: tuple, backend: str | None) -> tuple:
         """The inputs as a backend's layers hand them over: kernels multiply with swizzled block scales."""

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from ..ops import resolve_backend
 from ..roofline import floor_seconds
 from .cases import Case, tensors
 from .checks import WrongResult
@@ -116,7 +115,7 @@ def bench(
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     for i, case in enumerate(cases):
         progress(i, len(cases), f"{case.kind} {case.size}")
-        result = Measurement(case, resolve_backend(backend, device, case.op), device_name(device))
+        result = Measurement(case, case.backend(backend, device), device_name(device))
         try:
             with torch.no_grad(), current:
                 found.append(measure(result, device, repeats))

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..model import ModelConfig
-from ..ops import BACKENDS, resolve_backend, unavailable_reason
 from .cases import KINDS, Case
 
 PRESETS = {"nano": ModelConfig.nano, "flash": ModelConfig.flash, "pro": ModelConfig.pro}
@@ -40,12 +39,20 @@ def select(
         if name not in {case.kind for case in given}:
             raise ValueError(f"op {name} needs a shape {'x'.join(KINDS[name].dims)}, got {', '.join(shapes)}")
     cases = sorted(given, key=lambda case: (list(KINDS).index(case.kind), case.shape))
-    can = [c for c in cases if backend in BACKENDS and unavailable_reason(backend, device, c.op) is None]
+    can = [case for case in cases if _refusal(case, backend, device) is None]
     if names is None and can:
         return can
-    for case in cases:
-        resolve_backend(backend, device, case.op)  # raises with the reason
+    for refusal in filter(None, (_refusal(case, backend, device) for case in cases)):
+        raise refusal
     return cases
+
+
+def _refusal(case: Case, backend: str | None, device: torch.device | str) -> ValueError | None:
+    try:
+        case.backend(backend, device)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _of_shape(shape: str, names: Iterable[str]) -> list[Case]:
