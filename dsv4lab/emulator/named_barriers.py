@@ -3,7 +3,8 @@
 A warp arrives once all of its lanes that have not ended have come; its 32 threads then count together.
 Without a thread count all warps of the CTA that have not ended take part, as hardware has it since Volta;
 with one, exactly that many threads. All participants of a phase must name the same count, and may not mix
-reductions with plain arrivals.
+reductions with plain arrivals. A warp that has only arrived may come again to wait, and counts twice: so a
+kernel opens the first phase of a barrier by which warps take turns. It may not arrive again without waiting.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class _Comer:
         come: lanes that wait for the others of the warp.
         due: lanes whose warp has arrived and that have not passed.
         phase: the phase that it arrived in.
-        threads, reducing, true, lanes: what its lanes said, as of _Barrier.
+        threads, waits, reducing, true, lanes: what its lanes said, as of _Barrier.
     """
 
-    __slots__ = ("come", "due", "lanes", "phase", "reducing", "threads", "true")
+    __slots__ = ("come", "due", "lanes", "phase", "reducing", "threads", "true", "waits")
 
     def __init__(self) -> None:
         self.come = self.due = self.phase = self.true = self.lanes = 0
@@ -90,7 +91,9 @@ class NamedBarriers:
         comer = self._comers[number, warp]
         return bits & ~(comer.come | comer.due) != 0
 
-    def come(self, number: int, warp: int, bits: int, threads: int, true: int | None = None) -> None:
+    def come(
+        self, number: int, warp: int, bits: int, threads: int, true: int | None = None, waits: bool = True
+    ) -> None:
         """Lanes come to a barrier, or come again after they have waited; nothing changes for the latter.
 
         Args:
@@ -99,6 +102,7 @@ class NamedBarriers:
             bits: the lanes.
             threads: the count that they name, or ALL.
             true: of a reduction, the lanes whose predicate is true.
+            waits: whether they will wait.
         Raises:
             BarrierError: for a count that cannot be, or does not go with what others said.
         """
@@ -107,7 +111,7 @@ class NamedBarriers:
         if not new:
             return
         comer.come |= new
-        comer.threads, comer.reducing = threads, true is not None
+        comer.threads, comer.waits, comer.reducing = threads, waits, true is not None
         if true is not None:
             comer.true += (new & true).bit_count()
             comer.lanes += new.bit_count()
@@ -165,7 +169,7 @@ class NamedBarriers:
             refuse(f"it is for {before} threads, and a warp comes to it for {named}")
         if barrier.reducing != comer.reducing:
             refuse("bar.red meets bar.sync or bar.arrive in one phase")
-        if warp in barrier.warps and "barriers" in self.machine.checks:
+        if not comer.waits and warp in barrier.warps and "barriers" in self.machine.checks:
             refuse("the warp arrives a second time in one phase")
 
     def _needed(self, cta: int, barrier: _Barrier) -> int:

@@ -259,6 +259,21 @@ LOOP:
     assert run(body, 96, seed=seed) == [7_000_000 + sum(10 * k * k for k in range(8))] * 96
 
 
+def test_a_warp_opens_a_barrier_for_itself(run):
+    """Two warps take turns by a barrier of each: warp 0 arrives at its own for the turn before the first."""
+    text = """
+ setp.eq.u32 %p1, %r8, 0; mov.u32 %r20, 0; add.u32 %r21, %r8, 1; sub.u32 %r22, 2, %r8; mov.u32 %r100, 0;
+ @%p1 bar.arrive 1, 64;
+TURN: bar.sync %r21, 64; ld.shared.u32 %r23, [%r5]; add.u32 %r23, %r23, 1; bar.warp.sync -1;
+ st.shared.u32 [%r5], %r23; bar.arrive %r22, 64; mad.lo.u32 %r100, %r100, 10, %r23;
+ add.u32 %r20, %r20, 1; setp.lt.u32 %p2, %r20, 3; @%p2 bra TURN;
+ @%p1 bar.sync 1, 64;
+"""
+    start = "setp.eq.u32 %p1, %r1, 0; mov.u32 %r20, 0; @%p1 st.shared.u32 [%r5], %r20; bar.sync 0;"
+    for seed in range(4):
+        assert run(start + text, 64, seed=seed) == [135] * 32 + [246] * 32
+
+
 # Refused ---------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,15 @@ def test_d_is_added_only_when_asked(ptx_kernel, accumulate):
     np.testing.assert_array_equal(found.view(np.float32), text.product(a, b) + (2.5 if accumulate else 0))
 
 
+@pytest.mark.parametrize("tail", ["0", "1", "1, 3"])
+def test_a_constant_for_the_predicate(ptx_kernel, tail):
+    a, b, case = half_case()
+    case.cells = np.full((128, 64), 2.0, np.float32).view(np.uint32)
+    found, _ = case.run(ptx_kernel, tail=tail)
+    before = {"0": 0, "1": 2, "1, 3": 0.25}[tail]
+    np.testing.assert_array_equal(found.view(np.float32), text.product(a, b) + before)
+
+
 def test_an_accumulator_nobody_wrote(ptx_kernel):
     _, _, case = half_case()
     with pytest.raises(UninitialisedError, match=r"tensor memory .*tcgen05\.mma"):

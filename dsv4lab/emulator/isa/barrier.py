@@ -101,7 +101,7 @@ class _Visit:
             try:
                 if not 0 <= barrier < COUNT:
                     raise BarrierError(f"barrier {barrier} is none of the barriers 0 to {COUNT - 1}")
-                barriers.come(barrier, int(batch.warps[row]), bits, threads, yes)
+                barriers.come(barrier, int(batch.warps[row]), bits, threads, yes, self.wait)
             except BarrierError as error:
                 error.row = row
                 raise

@@ -53,7 +53,8 @@ _NOT_EMULATED = ("sp", "ws", "ashift")
 def mma(ins: Instruction) -> Action:
     """tcgen05.mma [d], a, b, descriptor{, [scales], [scales]}{, {mask}}, accumulate{, shift}."""
     form, (d, a, b, descriptor, *rest) = _form(ins), ins.operands
-    if isinstance(rest[-1], Immediate):
+    # A constant may stand for the predicate too.
+    if len(rest) > 1 + 2 * (form.block > 0) + form.masked:
         rest.pop()
     *extra, accumulate = rest
     if form.masked:
