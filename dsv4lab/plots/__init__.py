@@ -24,6 +24,7 @@ from dsv4lab.plots.quantization import (
     sqnr_db,
     staircase,
 )
+from dsv4lab.plots.sass import by_purpose, instruction_mix, kernel_summary, listing, model_times, registers
 from dsv4lab.plots.style import Picture, Table
 from dsv4lab.plots.swiglu import (
     clamped,
@@ -49,6 +50,7 @@ __all__ = [
     "block_codes",
     "block_diagonal",
     "busy",
+    "by_purpose",
     "clamped",
     "code_use",
     "conventions",
@@ -62,13 +64,18 @@ __all__ = [
     "group_levels",
     "group_rows",
     "group_spread",
+    "instruction_mix",
     "interleaved_by",
+    "kernel_summary",
+    "listing",
     "logits",
     "matrices",
     "mma_step",
+    "model_times",
     "number_lines",
     "policies",
     "position_shift",
+    "registers",
     "round_trip",
     "saturation",
     "shared_lines",
