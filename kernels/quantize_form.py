@@ -28,6 +28,7 @@ class Form:
         wide: SwiGLU whose up may be beyond 2^64.
         interleaved: gate and up alternate in runs of 8.
         keeps: writes the bf16 values that it quantizes, too.
+        matrices: there may be other than one of them.
     """
 
     arch: str
@@ -49,6 +50,7 @@ class Form:
     wide: bool = True
     interleaved: bool = False
     keeps: bool = False
+    matrices: bool = False
 
     @property
     def threads(self) -> int:
@@ -59,6 +61,11 @@ class Form:
     def has_e2m1(self) -> bool:
         """Whether the architecture converts floats to E2M1."""
         return self.arch != "sm_90a"
+
+    @property
+    def loops(self) -> bool:
+        """Whether a CTA goes over many rows: with what it keeps of a norm's weight, or to one amax."""
+        return (self.norm and self.scale != "cluster") or self.output == "partials"
 
     @property
     def norm(self) -> bool:

@@ -16,12 +16,14 @@ MAX_GRID_Y = 65535
 # One amax for each CTA of a first launch, which every CTA of the second one reads; a multiple of 4.
 MAX_PARTS = 512
 _CTA = 256  # threads, where a row has fewer
-# Threads of the largest CTA. All but plain rows need more than the 64 registers of each of 1024 threads.
-_LARGEST = {"plain": 1024, "dequantize": 1024}
-_LARGEST_OTHERS = 896
-# Blocks of a thread where there are many; dequantizing, 8 values with little to keep.
-_BLOCKS = {"dequantize": 4}
-_STREAMING = 512  # threads of a row that does not fit into the registers of a CTA
+# Threads of the largest CTA by blocks of a thread, whose registers have to do: 64 each for 1024 threads, 72
+# for 896, 102 for 640, 128 for 512. A norm also keeps its weights.
+_LARGEST = {"plain": {1: 1024, 2: 1024, 4: 512}, "dequantize": {1: 1024, 4: 1024}}
+_LARGEST_OTHERS = {1: 896, 2: 640}
+# Blocks of a thread where there are many: so many that what is done once for a row costs little beside them,
+# and so few that there is room for several CTAs on an SM. Others have 2. (Of dequantizing, halves of them.)
+_BLOCKS = {"dequantize": 4, "plain": 4}
+_STREAMING = 768  # threads of a row that does not fit into the registers of a CTA
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ def row_teams(source: str, rows: int, columns: int, sm_count: int) -> Teams:
     few = rows * columns <= sm_count * 1024
     for blocks in (1, many) if few or columns <= 32 else (many,):
         team = _team(columns, blocks)
-        if team <= _largest(source):
+        if team <= _largest(source, blocks):
             return Teams(team, blocks, max(_CTA // team, 1))
-    return Teams(_STREAMING, 2, 1, resident=False)
+    return Teams(_STREAMING, 1, 1, resident=False)
 
 
 def cluster_teams(source: str, rows: int, columns: int) -> Teams | None:
     """For a matrix that a CTA, or a cluster of them, holds at one block a thread; None if none can."""
     team = _team(columns, 1)
-    most = _largest(source) // team
+    most = _largest(source, 1) // team
     # As many teams as there may be, not as few as will do: one kernel then serves all these numbers of rows.
     for cluster in (1, CLUSTER):
         if rows <= cluster * most:
@@ -85,12 +87,11 @@ def grid(source: str, teams: Teams, rows: int, pad_chunks: int, sm_count: int) -
 
 def amax_teams(source: str, rows: int, columns: int) -> Teams:
     """For the first of two launches, whose CTAs go over many rows each."""
-    largest = _largest(source)
     for blocks in (1, 2) if columns <= 32 else (2,):
-        team = _team(columns, blocks)
+        team, largest = _team(columns, blocks), _largest(source, blocks)
         if team <= largest:
             return Teams(team, blocks, max(largest // team, 1))
-    return Teams(_STREAMING, 2, 1, resident=False)
+    return Teams(_STREAMING, 1, 1, resident=False)
 
 
 def parts(teams: Teams, rows: int, matrices: int, sm_count: int) -> int:
@@ -105,8 +106,8 @@ def pad_chunks(rows: int, columns: int) -> int:
     return 32 * (-(-columns // 4)) if rows % 128 else 0
 
 
-def _largest(source: str) -> int:
-    return _LARGEST.get(source, _LARGEST_OTHERS)
+def _largest(source: str, blocks: int) -> int:
+    return _LARGEST.get(source, _LARGEST_OTHERS)[blocks]
 
 
 def _power_of_two(n: int) -> int:

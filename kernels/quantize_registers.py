@@ -11,7 +11,7 @@ from dsv4lab.kernels import quantize_block as block
 from dsv4lab.kernels import quantize_ptx as ptx
 from dsv4lab.kernels.quantize_form import Form, words_of
 from dsv4lab.kernels.quantize_sources import finished, read, singles, squares
-from dsv4lab.kernels.rows import load, padded_columns, store, swizzled_offset
+from dsv4lab.kernels.rows import load, padded_columns, store, swizzled_column, swizzled_row
 
 
 class Blocks:
@@ -23,8 +23,7 @@ class Blocks:
         self.r_read = [cute.make_rmem_tensor(form.read_words, Uint32) for _ in range(form.blocks)]
         self.r_block = [cute.make_rmem_tensor(form.block_words, Uint32) for _ in range(form.blocks)]
         self.r_high = cute.make_rmem_tensor(form.blocks, Uint32)
-        words = words_of(form.weight) if form.norm else 1
-        self.r_weight = [cute.make_rmem_tensor(words, Uint32) for _ in range(form.blocks)]
+        self.r_weight = [cute.make_rmem_tensor(16 if form.norm else 1, Uint32) for _ in range(form.blocks)]
 
     def column(self, chunk: Int32, slot: int) -> Int32:
         """Of a thread's block in a row."""
@@ -53,17 +52,12 @@ def square_sum(blocks: Blocks, total: Float32) -> Float32:
 
 def finish(blocks: Blocks, rrms: Float32, here: Boolean, chunk: Int32) -> Uint32:
     """From what was read to what is quantized; bits of the largest amax."""
-    form, high = blocks.form, None
-    for slot in range(form.blocks):
-        weight = singles(_listed(blocks.r_weight[slot]), form.weight) if form.norm else None
-        words = finished(form, _listed(blocks.r_read[slot]), rrms, weight, blocks.limit)
-        for i, word in enumerate(words):
-            blocks.r_block[slot][i] = word
-        amax = block.amax(words)
-        if form.norm:
-            # Where there are no values, a norm makes NaN of 0 and infinity.
-            active = here & (blocks.column(chunk, slot) < blocks.columns)
-            amax = Uint32(select_(active, amax, Uint32(0)))
+    high = None
+    for slot in range(blocks.form.blocks):
+        active = here & (blocks.column(chunk, slot) < blocks.columns)
+        r_words, r_block = (blocks.r_read[slot], blocks.r_weight[slot]), blocks.r_block[slot]
+        _finish_block(blocks.form, *r_words, rrms, blocks.limit, active, r_block)
+        amax = block.amax(_listed(r_block))
         blocks.r_high[slot] = amax
         high = amax if high is None else ptx.umax(high, amax)
     return high
@@ -73,19 +67,23 @@ def encode(
     blocks: Blocks, m_codes, m_scales, m_kept, matrix: Int32, row: Int64, r: Int32, rows: Int32,
     here: Boolean, chunk: Int32, g: Float32,
 ) -> None:  # fmt: skip
+    """Scales and codes of the blocks, written."""
     form, columns = blocks.form, blocks.columns
     row_scale = block.row_scale(g)
+    scales_at = swizzled_row(matrix, r, rows, columns) if form.swizzled else row * columns
     for slot in range(form.blocks):
         column = blocks.column(chunk, slot)
-        scale, step = block.block_scale(blocks.r_high[slot], row_scale)
-        scale = Uint32(select_(column < columns, scale, Uint32(0)))
-        r_codes = cute.make_rmem_tensor(2, Uint32)
-        r_codes[0], r_codes[1] = block.encode(_listed(blocks.r_block[slot]), step, form.has_e2m1)
-        offset = row * columns + column
+        scale_at = column
         if form.swizzled:
-            offset = swizzled_offset(matrix, r, column, rows, columns)
-        pointers, r_block = (m_codes, m_scales, m_kept), blocks.r_block[slot]
-        _write_block(form, *pointers, row, column, columns, here, offset, scale, r_codes, r_block)
+            # Said so, because the compiler does not find that slots are a constant apart.
+            apart = form.team % 4 == 0
+            scale_at = swizzled_column(blocks.column(chunk, 0) if apart else column)
+            scale_at += slot * form.team * 128 if apart else 0
+        _encode_block(
+            form, m_codes, m_scales, m_kept, row * columns + column, column, columns, here,
+            scales_at + scale_at, row_scale.g, row_scale.divisor, row_scale.saturates,
+            blocks.r_high[slot], blocks.r_block[slot],
+        )  # fmt: skip
 
 
 def _listed(r_words: cute.Tensor) -> list[Uint32]:
@@ -103,29 +101,61 @@ def _read_weight(
     words = cutlass.const_expr(words_of(form.weight))
     r_weight.fill(0)
     if column < columns:
-        r_weight.store(load(m_weight, Int64(column) * words, words).load())
+        loaded = load(m_weight, Int64(column) * words, words)
+        _fill(r_weight, [ptx.bits(w) for w in singles(_listed(loaded), form.weight)])
 
 
 @cute.jit
-def _write_block(
+def _finish_block(
+    form: cutlass.Constexpr[Form],
+    r_read: cute.Tensor,
+    r_weight: cute.Tensor,
+    rrms: Float32,
+    limit: Float32,
+    active: Boolean,
+    r_block: cute.Tensor,
+):
+    """A block as it is quantized, 0 where there is none: a norm would make NaN of 0 and infinity."""
+    if cutlass.const_expr(form.source == "plain"):
+        _fill(r_block, finished(form, _listed(r_read), rrms, None, limit))
+    else:
+        r_block.fill(0)
+        if active:
+            weight = singles(_listed(r_weight), "f32") if form.norm else None
+            _fill(r_block, finished(form, _listed(r_read), rrms, weight, limit))
+
+
+def _fill(r_words: cute.Tensor, words: list[Uint32]) -> None:
+    for i, word in enumerate(words):
+        r_words[i] = word
+
+
+@cute.jit
+def _encode_block(
     form: cutlass.Constexpr[Form],
     m_codes: cute.Pointer,
     m_scales: cute.Pointer,
     m_kept: cute.Pointer,
-    row: Int64,
+    at: Int64,
     column: Int32,
     columns: Int32,
     here: Boolean,
-    scale_offset: Int64,
-    scale: Uint32,
-    r_codes: cute.Tensor,
+    scale_at: Int64,
+    g: Float32,
+    divisor: Float32,
+    saturates: Float32,
+    high: Uint32,
     r_block: cute.Tensor,
 ):
     """Codes and scale of a block; in the swizzled layout also the zero scales that fill a row up."""
-    at = row * columns + column
-    if here & (column < columns):
-        store(m_codes, at * 2, r_codes)
-        if cutlass.const_expr(form.keeps):
-            store(m_kept, at * form.block_words, r_block)
     if here & (column < padded_columns(form.swizzled, columns)):
-        cute.make_tensor(m_scales + scale_offset, cute.make_layout(1))[0] = scale.to(Uint8)
+        scale, step = block.block_scale(high, block.RowScale(g, divisor, saturates))
+        if cutlass.const_expr(form.swizzled):
+            scale = Uint32(select_(column < columns, scale, Uint32(0)))
+        cute.make_tensor(m_scales + scale_at, cute.make_layout(1))[0] = scale.to(Uint8)
+        if column < columns:
+            r_codes = cute.make_rmem_tensor(2, Uint32)
+            r_codes[0], r_codes[1] = block.encode(_listed(r_block), step, form.has_e2m1)
+            store(m_codes, at * 2, r_codes)
+            if cutlass.const_expr(form.keeps):
+                store(m_kept, at * form.block_words, r_block)

@@ -35,13 +35,16 @@ def _quantize_rows(
     columns: Int32,
     tiles: Int32,
     known: Int32,
+    pads: Int32,
     divisor: Float32,
     eps: Float32,
     limit: Float32,
 ):
     thread, _, _ = cute.arch.thread_idx()
     (x, y, _), (step_x, step_y, _) = cute.arch.block_idx(), cute.arch.grid_dim()
-    lane, mine = thread % form.team, thread // form.team
+    lane, mine = thread, Int32(0)
+    if cutlass.const_expr(form.teams > 1):
+        lane, mine = thread % form.team, thread // form.team
     warps = cutlass.const_expr(form.threads // 32)
     smem = memory.SmemAllocator()
     s_cells = smem.allocate_tensor(Uint32, cells(warps), 16)
@@ -62,17 +65,21 @@ def _quantize_rows(
     if cutlass.const_expr(form.scale == "known"):
         copy_known(m_known, m_g, known)
 
+    # Where there is one matrix, or each CTA has but one tile of it, the loops are none.
+    y, matrices, step_y = (y, matrices, step_y) if cutlass.const_expr(form.matrices) else (0, 1, 1)
+    start, stop, step = (x, tiles, step_x) if cutlass.const_expr(form.loops) else (0, 1, 1)
     for matrix in cutlass.range(y, matrices, step_y, unroll=1):
         if cutlass.const_expr(form.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         matrix_high = Uint32(0)
-        for tile in cutlass.range(x, tiles, step_x, unroll=1):
+        for number in cutlass.range(start, stop, step, unroll=1):
+            tile = number if cutlass.const_expr(form.loops) else x
             r = tile * form.teams + mine
             if cutlass.const_expr(form.scale == "cluster"):
                 r = mine * form.cluster + x  # few rows are one for each CTA
-            if cutlass.const_expr(form.scale == "partials"):
+            if cutlass.const_expr(form.scale == "partials" and not form.loops):
                 # The launch before went the other way: what it read last may still be in the L2 cache.
-                r = (tiles - 1 - tile) * form.teams + mine
+                r = (step_x - 1 - x) * form.teams + mine
             here = r < rows
             row = Int64(matrix) * rows + r
 
@@ -126,8 +133,8 @@ def _quantize_rows(
                         g = block.checked_scale(g)
                     if cutlass.const_expr(form.scale == "partials"):
                         unit = matrix if cutlass.const_expr(form.of == "group") else Int32(0)
-                        g = block.runtime_scale(largest_part(m_known + unit * known, known), divisor)
-                        if first & (tile == 0) & ((unit == matrix) | (y == 0)):
+                        g = block.runtime_scale(largest_part(m_known + Int64(unit) * known, known), divisor)
+                        if first & (tile == x) & (unit == matrix):
                             cute.make_tensor(m_g + unit, cute.make_layout(1))[0] = g
                     encode(blocks, m_codes, m_scales, m_kept, matrix, row, r, rows, here, chunk, g)
 
@@ -135,9 +142,10 @@ def _quantize_rows(
             matrix_high = cluster_max(matrix_high, warps, 1, s_cells, s_ranks, turn)
             turn = 1 - turn
             if thread == 0:
-                cute.make_tensor(m_codes + (matrix * step_x + x), cute.make_layout(1))[0] = matrix_high
+                part = Int64(matrix) * step_x + x
+                cute.make_tensor(m_codes + part, cute.make_layout(1))[0] = matrix_high
         if cutlass.const_expr(form.output == "codes" and form.swizzled):
-            pad_swizzled(cute.recast_ptr(m_scales, dtype=Uint32), matrix, rows, columns)
+            pad_swizzled(cute.recast_ptr(m_scales, dtype=Uint32), matrix, rows, columns, pads)
 
 
 _quantize_rows.set_name_prefix("quantize_rows", remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -148,8 +156,8 @@ def make_quantize_rows(form: Form):
 
     Its arguments: words of the rows; weights of the streams; words of the norm's weight; known scales or
     parts of an amax; words of codes (or parts, to be written); scales; global scales; 1 / rms; words of the
-    bf16 values; matrices, rows of each, blocks of a row, tiles of teams, how many are known (or parts), CTAs
-    of a matrix and matrices at a time; the divisor, eps and the limit.
+    bf16 values; matrices, rows of each, blocks of a row, tiles of teams, how many are known (or parts),
+    chunks of padding of swizzled scales, CTAs of a matrix, matrices at a time; divisor, eps and limit.
     """
 
     @cute.jit
@@ -168,6 +176,7 @@ def make_quantize_rows(form: Form):
         columns: Int32,
         tiles: Int32,
         known: Int32,
+        pads: Int32,
         grid_x: Int32,
         grid_y: Int32,
         divisor: Float32,
@@ -177,7 +186,7 @@ def make_quantize_rows(form: Form):
     ):
         _quantize_rows(
             form, m_x, m_mix, m_weight, m_known, m_codes, m_scales, m_g, m_rrms, m_kept,
-            matrices, rows, columns, tiles, known, divisor, eps, limit,
+            matrices, rows, columns, tiles, known, pads, divisor, eps, limit,
         ).launch(
             grid=(grid_x, grid_y, 1),
             block=(form.threads, 1, 1),

@@ -20,7 +20,7 @@ from dsv4lab.quantize_ops import scale_shape
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _MAX_ROWS = 2**31 - 2**12  # so that a row's number, past the last one's team too, is an int32
-_MAX_COLUMNS = 2**27
+_MAX_COLUMNS = 2**24  # so that a row's swizzled scales are apart by an int32
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ class _Call:
     def known(self, g: Tensor) -> None:
         """One launch with a known scale."""
         of = "halves" if g.dim() == 2 and self.granularity == "group" else self.granularity
-        self._rows_launch("known", of, g, g.numel())
+        if g.numel():  # else there are no rows or groups
+            self._rows_launch("known", of, g, g.numel())
 
     def row(self) -> None:
         """One launch in which each row makes its scale."""
@@ -225,15 +226,17 @@ class _Call:
         if size.matrices == 0:
             return
         fields = self.fields if output == "codes" else self.fields | {"swizzled": False, "keeps": False}
-        form = Form(**fields, **vars_of(teams), scale=scale, of=of, output=output)
-        tiles = grid_x if scale == "cluster" else -(-size.rows // teams.teams)
+        many = size.matrices != 1
+        form = Form(**fields, **vars_of(teams), scale=scale, of=of, output=output, matrices=many)
+        tiles = -(-size.rows // teams.teams)
+        pads = plan.pad_chunks(size.rows, size.columns) if form.swizzled else 0
         scales = None if self.scales is None else As(self.scales, cutlass.Uint8)
         limit = 0.0 if source.limit is None else float(source.limit)
         launch(make_quantize_rows, (form,), [
             _words(source.x), source.mix, _words(source.weight),
             _words(known) if scale == "partials" else known,
             _words(self.codes), scales, self.g, self.rrms, _words(self.kept),
-            size.matrices, size.rows, size.columns, tiles, count, grid_x,
+            size.matrices, size.rows, size.columns, tiles, count, pads, grid_x,
             min(size.matrices, plan.MAX_GRID_Y), float(self.divisor), float(source.eps), limit,
         ])  # fmt: skip
 

@@ -17,14 +17,24 @@ ALIGNMENT = 16  # bytes of a vector load or store
 
 def padded_columns(swizzled: bool, columns: Int32) -> Int32:
     """Columns of a row of scales, with those that the swizzled layout adds."""
-    return (columns + 3) // 4 * 4 if swizzled else columns
+    return (columns + 3) >> 2 << 2 if swizzled else columns
 
 
 def swizzled_offset(matrix: Int32, row: Int32, column: Int32, rows: Int32, columns: Int32) -> Int64:
     """Where scale (row, column) of one of several matrices (rows, columns) stands in the 128x4 layout."""
-    row_tiles, tiles = (rows + 127) // 128, (columns + 3) // 4
-    tile = (Int64(matrix) * row_tiles + row // 128) * tiles + column // 4
-    return tile * 512 + ((row % 32) * 16 + (row // 32) % 4 * 4 + column % 4)
+    return swizzled_row(matrix, row, rows, columns) + swizzled_column(column)
+
+
+def swizzled_row(matrix: Int32, row: Int32, rows: Int32, columns: Int32) -> Int64:
+    """Where the first scale of a row stands."""
+    row_tiles, tiles = (rows + 127) >> 7, (columns + 3) >> 2
+    tile = (Int64(matrix) * row_tiles + (row >> 7)) * tiles
+    return tile * 512 + ((row & 31) * 16 + (row >> 5 & 3) * 4)
+
+
+def swizzled_column(column: Int32) -> Int32:
+    """How far behind the first scale of its row another one stands; columns are fewer than 2^24."""
+    return (column >> 2) * 512 + (column & 3)
 
 
 def cells(count: int) -> cute.Layout:
@@ -69,13 +79,18 @@ def exchange(
     return r_cells
 
 
+def _first_warp(team: int) -> Int32:
+    """Of this thread's team, which has whole warps."""
+    warp = cute.arch.warp_idx()
+    return warp // (team // 32) * (team // 32)
+
+
 @cute.jit
 def team_max(value: Uint32, team: cutlass.Constexpr, s_cells: cute.Tensor, turn: Int32) -> Uint32:
     """The largest value of a team."""
     if cutlass.const_expr(team <= 32):
         return warp_max(value, team)
-    first = cute.arch.warp_idx() // (team // 32) * (team // 32)
-    r_cells = exchange(warp_max(value), s_cells, turn, first, team // 32)
+    r_cells = exchange(warp_max(value), s_cells, turn, _first_warp(team), team // 32)
     high = r_cells[0]
     for i in cutlass.range_constexpr(1, team // 32):
         high = ptx.umax(high, r_cells[i])
@@ -87,9 +102,8 @@ def team_sum(value: Float32, team: cutlass.Constexpr, s_cells: cute.Tensor, turn
     """The sum of a team's values, in an order that depends on nothing but its size."""
     if cutlass.const_expr(team <= 32):
         return _in_warp(value, team, ptx.add)
-    first = cute.arch.warp_idx() // (team // 32) * (team // 32)
     mine = ptx.bits(_in_warp(value, 32, ptx.add))
-    r_cells = exchange(mine, s_cells, turn, first, team // 32)
+    r_cells = exchange(mine, s_cells, turn, _first_warp(team), team // 32)
     total = ptx.single(r_cells[0])
     for i in cutlass.range_constexpr(1, team // 32):
         total = ptx.add(total, ptx.single(r_cells[i]))
@@ -153,25 +167,22 @@ def store(m_words: cute.Pointer, offset: Int64, r_words: cute.Tensor):
 
 
 @cute.jit
-def pad_swizzled(m_words: cute.Pointer, matrix: Int32, rows: Int32, columns: Int32):
+def pad_swizzled(m_words: cute.Pointer, matrix: Int32, rows: Int32, columns: Int32, chunks: Int32):
     """Zeros in the rows that fill one of several matrices (rows, columns) of scales up to a multiple of 128.
 
-    A chunk of 16 bytes has the scales of 4 columns in rows i, i + 32, i + 64 and i + 96 of a tile.
+    A chunk of 16 bytes has the scales of 4 columns in rows i, i + 32, i + 64 and i + 96 of a tile; there are
+    `chunks` in a matrix's last 128 rows, or 0 where these are all real.
     """
     thread, _, _ = cute.arch.thread_idx()
     threads, _, _ = cute.arch.block_dim()
     (x, _, _), (step, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
-    tile_row, left = rows // 128, rows % 128
-    tiles = (columns + 3) // 4
-    chunks = 0
-    if left != 0:
-        chunks = 32 * tiles
+    tiles = (columns + 3) >> 2
     zeros = cute.make_rmem_tensor(4, Uint32)
     zeros.fill(0)
     for chunk in cutlass.range(x * threads + thread, chunks, step * threads, unroll=1):
-        i = chunk % 32
-        tile = (Int64(matrix) * ((rows + 127) // 128) + tile_row) * tiles + chunk // 32
-        filled = (left - i + 31) // 32
+        i = chunk & 31
+        tile = (Int64(matrix) * ((rows + 127) >> 7) + (rows >> 7)) * tiles + (chunk >> 5)
+        filled = ((rows & 127) - i + 31) >> 5
         words = tile * 128 + i * 4
         if filled <= 0:
             store(m_words, words, zeros)

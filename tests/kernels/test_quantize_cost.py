@@ -142,14 +142,12 @@ def test_global_scales_read_once(gpu):
 
 
 def test_few_instructions_a_block(gpu):
-    """PTX instructions of a thread for a block of 16 values, where each thread has two."""
-    rows, columns = 700, 7168
-    IMPLEMENTATIONS["global_scale"](x(1), "token", DIVISOR, torch.empty(1))
-    outs = outputs("quantize", x(rows, columns), SCALE, "tensor", DIVISOR, False)
-    values = x(rows, columns)
-    IMPLEMENTATIONS["quantize"](values, None, "token", DIVISOR, False, *outs[:2], torch.empty(rows))
+    """PTX instructions of a thread for a block of 16 values, where each thread has up to four."""
+    rows = 700
+    outs = outputs("quantize", x(rows), SCALE, "tensor", DIVISOR, True)
+    IMPLEMENTATIONS["quantize"](x(rows), None, "token", DIVISOR, True, *outs[:2], torch.empty(rows))
     run = gpu.runs[-1]
-    assert run.launch.block[0] == 224
+    assert run.launch.block[0] == 256
     # An H200 has 128 lanes an SM and cycle. At 85 % of the 4.27 TB/s of its copies, a block of 41 bytes may
-    # take 324 of these: 132 SMs x 128 x 1.755 GHz / (0.85 x 4.27e12 / 41).
-    assert run.counters["instructions"] * 32 / (rows * columns // 16) < 324
+    # take 335 of these: 132 SMs x 128 x 1.755 GHz / (0.85 x 4.27e12 / 41). Division takes more than one.
+    assert run.counters["instructions"] * 32 / (rows * THREADS) < 335 * 0.9
