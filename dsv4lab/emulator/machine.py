@@ -241,6 +241,15 @@ class Machine:
         """Rows parked with this key can go on."""
         self.woken.append(key)
 
+    def close(self) -> None:
+        """Let go of the wave's memories: what refers to the machine in a circle would keep them for long."""
+        self._states.clear()
+        self._later.clear()
+        self.at_end.clear()
+        self.on_exit.clear()
+        self.current = self.order = self.shared = self.local = None
+        self.registers = []
+
     # Clusters that have not begun.
 
     @property

@@ -113,7 +113,11 @@ class Run:
             with np.errstate(all="ignore"):
                 while self.pending:
                     first = [self.pending.popleft() for _ in range(min(clusters, len(self.pending)))]
-                    Scheduler(Machine(self, self.program, first)).execute()
+                    machine = Machine(self, self.program, first)
+                    try:
+                        Scheduler(machine).execute()
+                    finally:
+                        machine.close()
         finally:
             self._count()
             # Its memory is the kernel's no longer.
