@@ -90,6 +90,7 @@ class Barriers:
         """`nbytes` transaction bytes have come, written by `access` at model time `time`."""
         barrier = self._live(cta, offset, "told of completed bytes", access=access)
         self._add_tx(cta, offset, barrier, nbytes, -1)
+        barrier.some_came = True
         self._release(cta, offset, None, access)
         barrier.latest = max(barrier.latest, time)
         self._settle(cta, offset, barrier)
@@ -265,10 +266,14 @@ class Barriers:
         self.machine.shared.write_range(cta, offset, np.frombuffer(data, np.uint8), access)
 
     def _at_end(self) -> None:
+        """Raises BarrierError for a barrier to which other bytes have come than were announced.
+
+        To announce some and copy none is allowed: producers take a last buffer so, to see that it is free.
+        """
         if "barriers" not in self.machine.checks:
             return
         for (cta, offset), barrier in self._barriers.items():
-            if barrier.tx and self._intact(cta, offset, barrier):
+            if barrier.tx and barrier.some_came and self._intact(cta, offset, barrier):
                 error = BarrierError(
                     f"wrong transaction count: the kernel ends and {self.describe(cta, offset)} "
                     "still has bytes outstanding"

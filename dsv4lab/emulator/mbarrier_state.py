@@ -19,6 +19,7 @@ class MBarrier:
         expected: arrivals of each phase.
         pending: arrivals that the current phase still needs.
         tx: transaction bytes that the current phase still needs; negative when more came than was expected.
+        some_came: some have come in the current phase.
         phase: number of the current phase, from 0.
         latest: model time of the latest arrival in the current phase.
         completed_at: model time at which the phase before it was complete.
@@ -34,6 +35,7 @@ class MBarrier:
         "latest",
         "pending",
         "phase",
+        "some_came",
         "stored",
         "tx",
         "warps",
@@ -42,6 +44,7 @@ class MBarrier:
     def __init__(self, count: int) -> None:
         self.expected = self.pending = count
         self.tx = self.phase = self.latest = self.completed_at = 0
+        self.some_came = False
         self.warps: set[int] = set()
         self.expecting: tuple[int | None, Instruction | None] = None, None
         self.stored = self.encoded()
@@ -56,7 +59,7 @@ class MBarrier:
         done = not (self.pending or self.tx)
         if done:
             self.phase += 1
-            self.pending = self.expected
+            self.pending, self.some_came = self.expected, False
             self.completed_at, self.latest = self.latest, 0
         self.stored = self.encoded()
         return done

@@ -450,9 +450,17 @@ def test_a_wrong_transaction_count(run):
     short = "setp.eq.u32 %p2, %r1, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r5], 128;"
     with fails(DeadlockError, "parity 0 of the mbarrier", "0 of 1 arrivals and 128 transaction bytes"):
         run(f"{short} {spin(0)}", 32, [1])
-    with fails(EmulatorError, "wrong transaction count: the kernel ends", "128 transaction bytes pending"):
-        run(short, 32, [1])
-    assert run(short + "mov.u32 %r100, 1;", 32, [1], checks=()) == [1] * 32
+    some = short + "@%p2 mbarrier.complete_tx.shared::cta.b64 [%r5], 96;"
+    with fails(EmulatorError, "wrong transaction count: the kernel ends", "32 transaction bytes pending"):
+        run(some, 32, [1])
+    assert run(some + "mov.u32 %r100, 1;", 32, [1], checks=()) == [1] * 32
+
+
+def test_bytes_that_are_announced_and_never_copied(run):
+    """A producer takes the next buffer only to see that it is free."""
+    take = "setp.eq.u32 %p2, %r1, 0; @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r5], 128; "
+    come = "@%p2 mbarrier.complete_tx.shared::cta.b64 [%r5], 128; "
+    assert run(take + come + take + "mov.u32 %r100, 1;", 32, [1]) == [1] * 32
 
 
 def test_a_deadlock_names_the_barrier_as_it_is_then(run):
