@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4lab.kernels import decode_choice
+from dsv4lab.kernels.decode_choice import Decode
 from dsv4lab.kernels.gemm_form import DEPTH, Form
 
 GROUP_ROWS = 128  # to which groups are padded
@@ -37,7 +39,7 @@ CHOICES = tuple(
 )
 
 
-def choose(rows: int, n: int, k: int, groups: int | None, sm_count: int) -> Prefill:
+def choose(rows: int, n: int, k: int, groups: int | None, sm_count: int) -> Prefill | Decode:
     """The kernel for (rows, K) x (groups, N, K).
 
     Args:
@@ -45,18 +47,20 @@ def choose(rows: int, n: int, k: int, groups: int | None, sm_count: int) -> Pref
         groups: how many; None where offsets are not given and all rows are one group.
         sm_count: streaming multiprocessors of the GPU.
     """
-    choices = [choice for choice in CHOICES if choice.ctas <= sm_count]
-    return min(choices, key=lambda choice: _cycles(choice, rows, n, k, groups, sm_count))
+    sizes = (rows, n, k, groups, sm_count)
+    many = min((choice for choice in CHOICES if choice.ctas <= sm_count), key=lambda c: cycles(c, *sizes))
+    few = decode_choice.best(*sizes)
+    return few if decode_choice.cycles(few, *sizes) < cycles(many, *sizes) else many
 
 
 def tiles(choice: Prefill, rows: int, n: int, groups: int | None) -> int:
     """About how many there are, if rows are spread evenly over the groups."""
     high = -(-rows // choice.rows)
     if groups is not None:
-        # On average half of a group's last 128 rows is padding.
-        each = max(1, rows // groups - GROUP_ROWS // 2)
+        # So many tokens surely are in a buffer that has room for any routing, see layouts.max_group_rows.
         used = min(groups, rows // GROUP_ROWS)
-        high = used * -(-each // choice.rows)
+        real = max(used, rows - (GROUP_ROWS - 1) * groups)
+        high = used * -(-real // (used * choice.rows))
     return high * -(-n // choice.columns)
 
 
@@ -66,7 +70,8 @@ def most_tiles(choice: Prefill, rows: int, n: int, groups: int | None) -> int:
     return high * -(-n // choice.columns)
 
 
-def _cycles(choice: Prefill, rows: int, n: int, k: int, groups: int | None, sm_count: int) -> int:
+def cycles(choice: Prefill, rows: int, n: int, k: int, groups: int | None, sm_count: int) -> int:
+    """Of the busiest SM."""
     form = Form(choice.rows, choice.columns)
     products = choice.rows * choice.columns * DEPTH // (choice.ctas * _MACS)
     stage = max(products, form.stage_bytes // _BYTES)

@@ -132,7 +132,9 @@ def make(form: Form):
         factors = Factors(
             cute.make_tensor(g_a, many), cute.make_tensor(g_b, many), a_row, a_group, b_group, limit
         )
-        out = Outputs(values, scales, cute.recast_ptr(g, dtype=Float32), n)
+        out = Outputs(
+            values, cute.recast_ptr(scales, dtype=cutlass.Uint8), cute.recast_ptr(g, dtype=Float32), n
+        )
         _kernel(form, mma, given, work, factors, out, k).launch(
             grid=(clusters * form.split, 1, 1), block=(THREADS, 1, 1), cluster=(form.split, 1, 1),
             stream=stream,

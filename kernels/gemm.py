@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
+from dsv4lab.kernels import decode_gemm_sm100a
 from dsv4lab.kernels import gemm_weights as weights
 from dsv4lab.kernels.choose import Prefill, choose, most_tiles
+from dsv4lab.kernels.decode_choice import Decode
 from dsv4lab.kernels.gemm_form import Form
 from dsv4lab.kernels.grouped_gemm_sm100a import make
 from dsv4lab.kernels.launch import As, launch
@@ -151,7 +153,8 @@ def _run(operands: list, output: Output) -> None:
     product = prepare(*operands)
     groups = None if product.offsets is None else product.groups
     choice = choose(product.rows, product.n, product.k, groups, sm_count(product.a.device))
-    run_prefill(product, output, choice)
+    launcher = decode_gemm_sm100a.run if isinstance(choice, Decode) else run_prefill
+    launcher(product, output, choice)
 
 
 def prepare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dsv4lab.kernels import gemm
+from dsv4lab.kernels import decode_gemm_sm100a
 
 from dsv4lab.bench import measure
 from dsv4lab.bench.cases import KINDS, Case, tensors
@@ -38,13 +38,13 @@ def test_weight_only_products_are_refused_by_name(b200):
 
 
 def test_a_wrong_kernel_is_not_timed(b200, untimed, monkeypatch):
-    run = gemm.run_prefill
+    run = decode_gemm_sm100a.run
 
     def skips_a_column(product, output, choice):
         run(product, output, choice)
         output.tensors[0][:, -1] = 0
 
-    monkeypatch.setattr(gemm, "run_prefill", skips_a_column)
+    monkeypatch.setattr(decode_gemm_sm100a, "run", skips_a_column)
     (found,) = measure.bench([Case("linear", (5, 64, 32))], "blackwell", repeats=1)
     assert "wrong in" in found.refused and found.seconds is None
 

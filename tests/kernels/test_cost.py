@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
-from dsv4lab.kernels import choose, cost, gemm, launch, uses
+from dsv4lab.kernels import choose, cost, decode_form, gemm, launch, uses
+from dsv4lab.kernels.choose import Prefill
+from dsv4lab.kernels.decode_choice import Decode
 from dsv4lab.kernels.nvfp4_tile_gemm import nvfp4_tile_gemm
 
 from dsv4lab import grouped_mm
@@ -80,14 +82,20 @@ def grouped(sizes: list[int], n: int, k: int):
     return run(grouped_mm, a, b, offsets, counts, backend="blackwell")
 
 
-@pytest.mark.parametrize("sizes", [[130, 0, 1, 128], [0, 0, 260, 0], [256]])
-def test_groups_cost_what_their_tiles_cost(sizes):
+CHOICES = [Prefill(128, 64), Prefill(256, 256), Decode(8, 1), Decode(128, 2)]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("sizes", [[130, 0, 1, 128], [0, 0, 260, 0], [256]], ids=str)
+def test_groups_cost_what_their_tiles_cost(sizes, choice, monkeypatch):
+    monkeypatch.setattr(gemm, "choose", lambda *_: choice)
     n, k = 192, 512
     counters, form = grouped(sizes, n, k)
-    tiles = sum(math.ceil(size / form.rows) for size in sizes) * math.ceil(n / form.columns)
-    assert counters["tma.load_bytes"] == tiles * operand_bytes(form.rows, form.columns) * k // STAGE
+    columns = form.columns if isinstance(choice, Prefill) else decode_form.FEATURES
+    tiles = sum(math.ceil(size / form.rows) for size in sizes) * math.ceil(n / columns)
+    assert counters["tma.load_bytes"] == tiles * operand_bytes(form.rows, columns) * k // STAGE
     assert counters["mma.mxf4nvf4"] == tiles * k // MMA_DEPTH
-    assert counters["mma.flops"] == tiles * 2 * form.rows * form.columns * k
+    assert counters["mma.flops"] == tiles * 2 * form.rows * columns * k
 
 
 def test_empty_groups_cost_no_loads_and_no_products():

@@ -31,7 +31,7 @@ def multiply(a, b, where, choice, kind="bf16", limit=LIMIT, g=0.03, layout="swiz
     shape = (where.rows + 3, product.n // (1 if kind == "bf16" else 2))
     if kind == "nvfp4":
         codes = untouched((shape[0], shape[1] // 2), torch.uint8)
-        scales = untouched(scales_shape((where.rows, shape[1]), layout), torch.uint8)
+        scales = untouched(scales_shape((where.rows, shape[1]), layout), E4M3)
         tensors = (codes, scales, torch.tensor(g))
     else:
         tensors = (untouched(shape, BF16),)
@@ -39,7 +39,7 @@ def multiply(a, b, where, choice, kind="bf16", limit=LIMIT, g=0.03, layout="swiz
     others = torch.ones(len(tensors[0]), dtype=torch.bool)
     others[: where.rows] = ~where.real
     assert (tensors[0][others].view(torch.uint8) == UNTOUCHED).all(), "wrote to rows without a token"
-    return (tensors[0][: where.rows], *tensors[1:2])
+    return (tensors[0][: where.rows], *(scales.view(torch.uint8) for scales in tensors[1:2]))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ BF16 = torch.bfloat16
 UNTOUCHED = 0x5A
 SIZES = (5, 0, 130, 0, 31)
 G_OUT = 0.037
-EVERY_TILE = pytest.mark.parametrize("choice", CHOICES, ids=lambda c: f"{c.rows}x{c.columns}")
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +60,9 @@ def scales(t: NVFP4Tensor) -> torch.Tensor:
     return unswizzle_scales(raw, rows, columns)
 
 
-@EVERY_TILE
-@pytest.mark.parametrize("limit", [10.0, None])
+@pytest.mark.parametrize(
+    ("choice", "limit"), [*((choice, 10.0) for choice in CHOICES), (Prefill(128, 64), None)], ids=str
+)
 def test_activation(choice, limit, cases, run):
     where = cases.groups(SIZES, extra=128)
     a, b = operands(cases, where, 104, 192)
@@ -74,12 +74,25 @@ def test_activation(choice, limit, cases, run):
     within(result, *cases.swiglu(exact, limit), where.real)
 
 
-@EVERY_TILE
-@pytest.mark.parametrize("width", [144, 160])  # 9 and 10 blocks: both end in the middle of 4 columns
-@pytest.mark.parametrize("layout", ["linear", "swizzled"])
-def test_quantized_as_the_bf16_values(choice, width, layout, cases, run):
+# 9 and 10 blocks: both end in the middle of 4 columns of scales, and 9 in the middle of 16 bytes of codes.
+@pytest.mark.parametrize(
+    ("choice", "width", "layout"),
+    [
+        *((choice, 144, "swizzled") for choice in CHOICES),
+        (Prefill(128, 64), 144, "linear"),
+        *(
+            (choice, 160, layout)
+            for choice in (Prefill(128, 128), Prefill(256, 256))
+            for layout in ("linear", "swizzled")
+        ),
+    ],
+    ids=str,
+)
+def test_quantized_as_the_bf16_values(choice, width, layout, cases, run, b200):
+    """Whatever stands in padding rows of the activations; every byte of the result is written once."""
     where = cases.groups(SIZES, extra=256)
     a, b = operands(cases, where, width, 128)
+    a.block_scales.view(torch.uint8)[~where.real] = 0x7F
     middle = run(a, b, where, choice)
     out = NVFP4Tensor(
         torch.full((where.rows, width // 2), UNTOUCHED, dtype=torch.uint8),
@@ -87,6 +100,8 @@ def test_quantized_as_the_bf16_values(choice, width, layout, cases, run):
         torch.tensor(0.0), layout, "tensor",
     )  # fmt: skip
     found = run(a, b, where, choice, output="nvfp4", global_scale=G_OUT, scale_layout=layout, out=out)
+    written = b200.runs[-1].counters["global.store_bytes"]
+    assert written == int(where.real.sum()) * width // 2 + found.block_scales.nbytes
     expected = quantize_nvfp4(middle, G_OUT)
     assert torch.equal(found.codes[where.real], expected.codes[where.real])
     assert (found.codes[~where.real] == UNTOUCHED).all()
