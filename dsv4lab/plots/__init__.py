@@ -25,6 +25,17 @@ from dsv4lab.plots.quantization import (
     staircase,
 )
 from dsv4lab.plots.sass import by_purpose, instruction_mix, kernel_summary, listing, model_times, registers
+from dsv4lab.plots.scale_layout import (
+    address_bits,
+    scale_bits,
+    scale_byte,
+    scale_cell,
+    scale_order,
+    scale_padding,
+    scale_reads,
+    scale_stations,
+    scale_tile,
+)
 from dsv4lab.plots.style import Picture, Table
 from dsv4lab.plots.swiglu import (
     clamped,
@@ -42,6 +53,7 @@ __all__ = [
     "Picture",
     "Table",
     "Texts",
+    "address_bits",
     "agreement_by_margin",
     "attention_output",
     "backends",
@@ -78,6 +90,14 @@ __all__ = [
     "registers",
     "round_trip",
     "saturation",
+    "scale_bits",
+    "scale_byte",
+    "scale_cell",
+    "scale_order",
+    "scale_padding",
+    "scale_reads",
+    "scale_stations",
+    "scale_tile",
     "shared_lines",
     "shift_levels",
     "spread_groups",
