@@ -90,47 +90,59 @@ class Output:
     tensors: tuple[Tensor, ...]
 
 
-def grouped_mm(*args) -> None:
-    """See dsv4lab.gemm; the last argument is out."""
-    *operands, out = args
-    outputs = Outputs()
-    target = outputs.take(out, (operands[0].shape[0], operands[5].shape[-2]))
-    _run(operands, Output("bf16", None, False, (target,)))
-    outputs.finish()
+def implementations(run: Callable[[list, Output], None]) -> dict[str, Callable[..., None]]:
+    """The operations of dsv4lab.gemm, as functions that fill their last arguments.
 
+    Args:
+        run: computes the operations' operands into an output, of which there is something to compute.
+    """
 
-def grouped_mm_swiglu(*args) -> None:
-    """See dsv4lab.gemm; the last argument is out."""
-    *operands, limit, out = args
-    outputs = Outputs()
-    target = outputs.take(out, (operands[0].shape[0], operands[5].shape[-2] // 2))
-    _run(operands, Output("swiglu", limit, False, (target,)))
-    outputs.finish()
+    def compute(operands: list, output: Output) -> None:
+        if not output.tensors[0].numel():
+            return
+        if operands[5].numel():
+            run(operands, output)
+            return
+        # No weights, so that all rows are padding.
+        for tensor in output.tensors[:2]:
+            tensor.zero_()
 
+    def grouped_mm(*args) -> None:
+        *operands, out = args
+        outputs = Outputs()
+        target = outputs.take(out, (operands[0].shape[0], operands[5].shape[-2]))
+        compute(operands, Output("bf16", None, False, (target,)))
+        outputs.finish()
 
-def grouped_mm_swiglu_quantize(*args) -> None:
-    """See dsv4lab.gemm; the last arguments are codes and scales."""
-    *operands, limit, g, layout, codes, scales = args
-    outputs = Outputs()
-    shape = (operands[0].shape[0], operands[5].shape[-2] // 2)
-    codes = outputs.take(codes, (shape[0], shape[1] // 2))
-    scales = outputs.take(scales, scales_shape(shape, layout))
-    _run(operands, Output("nvfp4", limit, layout == "swizzled", (codes, scales, kernel_input(g))))
-    outputs.finish()
+    def grouped_mm_swiglu(*args) -> None:
+        *operands, limit, out = args
+        outputs = Outputs()
+        target = outputs.take(out, (operands[0].shape[0], operands[5].shape[-2] // 2))
+        compute(operands, Output("swiglu", limit, False, (target,)))
+        outputs.finish()
 
+    def grouped_mm_swiglu_quantize(*args) -> None:
+        *operands, limit, g, layout, codes, scales = args
+        outputs = Outputs()
+        shape = (operands[0].shape[0], operands[5].shape[-2] // 2)
+        codes = outputs.take(codes, (shape[0], shape[1] // 2))
+        scales = outputs.take(scales, scales_shape(shape, layout))
+        compute(operands, Output("nvfp4", limit, layout == "swizzled", (codes, scales, kernel_input(g))))
+        outputs.finish()
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "grouped_mm": grouped_mm,
-    "grouped_mm_swiglu": grouped_mm_swiglu,
-    "grouped_mm_swiglu_quantize": grouped_mm_swiglu_quantize,
-}
+    functions = (grouped_mm, grouped_mm_swiglu, grouped_mm_swiglu_quantize)
+    return {function.__name__: function for function in functions}
 
 
 def refuses(*operands) -> str | None:
     """Why kernels cannot multiply the operations' operands; None if they can."""
     if operands[1] is None:
         return "it multiplies NVFP4 activations only, got bf16 ones: quantize them first"
-    rows, (n, half) = operands[0].shape[0], operands[5].shape[-2:]
+    return refuses_sizes(operands[0].shape[0], *operands[5].shape[-2:])
+
+
+def refuses_sizes(rows: int, n: int, half: int) -> str | None:
+    """Why kernels cannot multiply so many rows with codes (..., n, half); None if they can."""
     if n % 8:
         return f"it needs b with N % 8 == 0, got N = {n}"
     if rows > _MAX_ROWS or 2 * n * half // BLOCK > _MAX_SCALES:
@@ -142,14 +154,7 @@ def refuses(*operands) -> str | None:
 
 
 def _run(operands: list, output: Output) -> None:
-    """Compute what is there to compute, with the kernel that suits the sizes."""
-    if not output.tensors[0].numel():
-        return
-    if not operands[5].numel():
-        # No weights, so that all rows are padding.
-        for tensor in output.tensors[:2]:
-            tensor.zero_()
-        return
+    """Compute with the kernel that suits the sizes."""
     product = prepare(*operands)
     groups = None if product.offsets is None else product.groups
     choice = choose(product.rows, product.n, product.k, groups, sm_count(product.a.device))
@@ -203,3 +208,6 @@ def run_prefill(product: Product, output: Output, choice: Prefill) -> None:
     targets = [*output.tensors, None, None][:3]
     limit = 0.0 if output.limit is None else float(output.limit)
     launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, clusters])
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = implementations(_run)

@@ -1,0 +1,227 @@
+"""The warps that multiply tiles of few tokens on Hopper: one has weights brought, the others multiply them.
+
+A tile is 16 to 256 rows of weights by 8 to 32 tokens. Every warp multiplies all of it for some of the steps
+of K, so that each weight and each activation is read from shared memory or L2 once by a CTA. The four threads
+that share a row in an MMA have 16 bytes of its codes each, two whole blocks; K may stand in any order as long
+as activations stand in the same one. These come straight from global memory, those of a warp's next step
+while it multiplies.
+"""
+
+# No annotations from __future__: the DSL reads them as types.
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Int32, Int64, Uint32, cute
+from cutlass.cute.nvgpu import cpasync
+from dsv4lab.kernels import decode_sm90a_registers as registers
+from dsv4lab.kernels.decode_sm90a_form import CHUNK_BYTES, CHUNK_ROWS, CHUNKS, DEPTH, MMA_ROWS, Form
+from dsv4lab.kernels.decode_sm90a_tokens import Tokens, fetch, fragments, raw_words
+from dsv4lab.kernels.gemm_tiles import Tile, Work, begin, find
+
+_STEP_WORDS = DEPTH // 8  # words of codes of a row in a step
+_CHUNK_WORDS = CHUNK_BYTES // 4
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Copies by TMA of codes and of block scales, and what they read, as coordinates of words."""
+
+    load_codes: cute.CopyAtom
+    m_codes: cute.Tensor
+    load_scales: cute.CopyAtom
+    m_scales: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Stages of shared memory.
+
+    Attributes:
+        s_codes: (16 words, features, stages).
+        s_scales: (128 words, chunks along K, chunks along N, stages).
+        full, empty: barriers of each stage.
+    """
+
+    s_codes: cute.Tensor
+    s_scales: cute.Tensor
+    full: cute.Pointer
+    empty: cute.Pointer
+
+
+@cute.jit
+def weights_of(
+    form: cutlass.Constexpr[Form], codes: cute.Pointer, scales: cute.Pointer, n: Int32, k: Int32,
+    groups: Int32,
+) -> Weights:  # fmt: skip
+    """Descriptors for TMA of codes (groups, n, k / 2), k % 32 == 0, and their swizzled block scales."""
+    row = cute.assume(k // 8, 4)
+    matrix = cute.assume(Int64(n) * row, 32)
+    m_codes = cute.make_tensor(
+        cute.recast_ptr(codes, dtype=Uint32), cute.make_layout((row, n, groups), stride=(1, row, matrix))
+    )
+    depth = cute.ceil_div(k, 64)
+    chunks = cute.ceil_div(n, CHUNK_ROWS) * groups
+    m_scales = cute.make_tensor(
+        cute.recast_ptr(scales, dtype=Uint32),
+        cute.make_layout(
+            (_CHUNK_WORDS, depth, chunks), stride=(1, _CHUNK_WORDS, Int64(_CHUNK_WORDS) * depth)
+        ),
+    )
+    op = cpasync.CopyBulkTensorTileG2SOp()
+    boxes = [cute.make_layout(shape) for shape in _boxes(form)]
+    first = cpasync.make_tiled_tma_atom(op, m_codes, boxes[0], boxes[0].shape)
+    second = cpasync.make_tiled_tma_atom(op, m_scales, boxes[1], boxes[1].shape)
+    return Weights(first.atom, first.tma_tensor, second.atom, second.tma_tensor)
+
+
+def _boxes(form: Form) -> tuple[tuple[int, ...], ...]:
+    """Words of a step's codes and of its block scales."""
+    return (_STEP_WORDS, form.features, 1), (_CHUNK_WORDS, CHUNKS, form.scale_chunks)
+
+
+def ring_layouts(form: Form) -> list[cute.Layout]:
+    """Of a ring's tensors."""
+    return [cute.make_layout((*box, form.stages)) for box in _boxes(form)]
+
+
+@cute.jit
+def share(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
+    """First and last step along K that the CTA of this rank multiplies."""
+    steps = cute.ceil_div(k, DEPTH)
+    return steps * rank // form.split, steps * (rank + 1) // form.split
+
+
+def _first_chunk(form: Form, work: Work, tile: Tile, n: Int32) -> Int32:
+    """Of the block scales of a tile's rows."""
+    return tile.group * cute.ceil_div(n, CHUNK_ROWS) + tile.column * form.features // CHUNK_ROWS
+
+
+@cute.jit
+def load_tiles(
+    form: cutlass.Constexpr[Form], work: Work, first: Int32, step: Int32, rank: Int32, weights: Weights,
+    ring: Ring, n: Int32, k: Int32,
+):  # fmt: skip
+    """Bring this CTA's share of the weights of every tile, step after step.
+
+    Args:
+        first, step: numbers of the tiles.
+        rank: of this CTA among those that share a tile.
+    """
+    box, scale_box = _boxes(form)
+    g_codes = cute.local_tile(weights.m_codes, box, (None, None, None))
+    s_codes, g_codes = _partition(weights.load_codes, ring.s_codes, g_codes)
+    begins, ends = share(form, rank, k)
+    tile, seen = find(work, form, begin(work, form), first)
+    number, position = first, Int32(0)
+    while tile.here:
+        moved = cute.domain_offset((0, 0, _first_chunk(form, work, tile, n)), weights.m_scales)
+        g_scales = cute.local_tile(moved, scale_box, (0, None, 0))
+        s_scales, g_scales = _partition(weights.load_scales, ring.s_scales, g_scales)
+        for i in cutlass.range(begins, ends, unroll=1):
+            slot, turn = position % form.stages, position // form.stages % 2
+            # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
+            cute.arch.mbarrier_wait(ring.empty + slot, turn ^ 1)
+            full = ring.full + slot
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
+            cute.copy(
+                weights.load_codes, g_codes[None, i, tile.column, tile.group], s_codes[None, slot],
+                tma_bar_ptr=full,
+            )  # fmt: skip
+            cute.copy(weights.load_scales, g_scales[None, i], s_scales[None, slot], tma_bar_ptr=full)
+            position += 1
+        number += step
+        tile, seen = find(work, form, seen, number)
+
+
+def _partition(load, s_tensor: cute.Tensor, g_tensor: cute.Tensor):
+    """Boxes in shared and in global memory: (box, ...)."""
+    return cpasync.tma_partition(
+        load, 0, cute.make_layout(1), cute.group_modes(s_tensor, 0, 3), cute.group_modes(g_tensor, 0, 3)
+    )
+
+
+@cute.jit
+def multiply_tile(
+    form: cutlass.Constexpr[Form], tile: Tile, ring: Ring, tokens: Tokens, begins: Int32, ends: Int32,
+    position: Int32, r_sums: cute.Tensor,
+):  # fmt: skip
+    """This warp's part of the CTA's steps of a tile.
+
+    Args:
+        begins, ends: steps of the CTA.
+        position: how many steps its ring had before.
+        r_sums: (4, form.tokens / 8, form.mmas), what is filled in.
+    """
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    r_sums.fill(0.0)
+    r_raw = cute.make_rmem_tensor((raw_words(form), form.tokens // 8), Uint32)
+    fetch(form, tokens, tile, begins + warp, ends, r_raw)
+    codes_at, scales_at, selector = _places()
+    for i in cutlass.range(warp, ends - begins, form.warps, unroll=1):
+        at = position + i
+        slot, turn = at % form.stages, at // form.stages % 2
+        cute.arch.mbarrier_wait(ring.full + slot, turn)
+        r_tokens = fragments(form, r_raw)
+        fetch(form, tokens, tile, begins + i + form.warps, ends, r_raw)
+        for mma in cutlass.range_constexpr(form.mmas):
+            place = codes_at + mma * MMA_ROWS * _STEP_WORDS, scales_at + _scale_place(form, tile, mma)
+            rows = _rows(form, ring, slot, place, selector)
+            _multiply_rows(rows, r_tokens, r_sums[None, None, mma])
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(ring.empty + slot)
+
+
+def _places():
+    """Of this lane in a stage: its first word of codes and of block scales, and which bytes of scales it has.
+
+    Lane 4 i + j has the codes j of rows i and i + 8 of every 16, counted in 16 bytes.
+    """
+    lane = cute.arch.lane_idx()
+    row, quarter = lane >> 2, lane & 3
+    selector = Uint32(0x4140) + Uint32(0x202) * Uint32(quarter & 1)
+    return row * _STEP_WORDS + quarter * 4, (quarter >> 1) * _CHUNK_WORDS + row * 4, selector
+
+
+def _scale_place(form: Form, tile: Tile, mma: int) -> Int32:
+    """Of the first of 16 rows, counted in words from a stage's first block scale, see dsv4lab.layouts."""
+    begin = tile.column * form.mmas
+    rows = begin + mma
+    return ((rows >> 3) - (begin >> 3)) * CHUNKS * _CHUNK_WORDS + (rows & 1) * 64 + (rows >> 1 & 3)
+
+
+def _rows(form: Form, ring: Ring, slot: Int32, place: tuple, selector: Uint32) -> list:
+    """Four words of codes and two block scales of this lane's two rows of 16, which are 8 apart."""
+    codes_at = slot * (form.features * _STEP_WORDS) + place[0]
+    scale_at = slot * (form.scale_chunks * CHUNKS * _CHUNK_WORDS) + place[1]
+    rows = []
+    for half in range(2):
+        codes = (ring.s_codes.iterator + (codes_at + half * 8 * _STEP_WORDS)).align(16)
+        r_codes = cute.make_rmem_tensor(4, Uint32)
+        cute.autovec_copy(cute.make_tensor(codes, cute.make_layout(4)), r_codes)
+        scales = ring.s_scales.iterator + (scale_at + half * 8 * 4)
+        word = cute.make_tensor(scales, cute.make_layout(1))[0]
+        rows.append(([r_codes[i] for i in range(4)], registers.scale_pair(word, selector)))
+    return rows
+
+
+def _multiply_rows(rows: list, r_tokens: list, r_sums: cute.Tensor) -> None:
+    """16 rows of weights by all tokens for a step.
+
+    Args:
+        rows: codes and scales of this lane's two rows.
+        r_tokens: fragments of each 8 tokens.
+        r_sums: (4, form.tokens / 8).
+    """
+    (codes, scales), (other_codes, other_scales) = rows
+    for i in range(4):
+        pairs = registers.decoded(codes[i], scales[i // 2])
+        others = registers.decoded(other_codes[i], other_scales[i // 2])
+        for j in (0, 2):
+            a = [pairs[j], others[j], pairs[j + 1], others[j + 1]]
+            for block, words in enumerate(r_tokens):
+                b = words[4 * i + j : 4 * i + j + 2]
+                sums = registers.multiply(a, b, [r_sums[s, block] for s in range(4)])
+                for s in range(4):
+                    r_sums[s, block] = sums[s]
