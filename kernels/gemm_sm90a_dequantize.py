@@ -1,0 +1,128 @@
+"""Weights from NVFP4 in shared memory to bf16 in registers, as an MMA of Hopper takes its first operand.
+
+A product of a code and its block scale has at most 6 significant bits, so that nothing is rounded. It comes
+out 2^-7 times as large: a code's bits at the right places of a bf16 are its value times 2^-126, and block
+scales are made 2^119 times as large, just short of overflow.
+"""
+
+# No annotations from __future__: the DSL reads them as types.
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Int32, Uint32, cute
+from dsv4lab.kernels import quantize_ptx as ptx
+from dsv4lab.kernels.gemm_sm90a_form import CHUNK_BYTES, SLICE, Form
+
+FACTOR = 2.0**7  # that makes products right
+_STEPS = SLICE // 16  # MMAs of a slice, each with one block of K
+_UP = 0x7B807B80  # 2^120 in both halves, as bf16
+_UP_LESS = 0x7B007B00  # 2^119
+
+
+@dataclass(frozen=True)
+class Place:
+    """What of a stage this thread reads.
+
+    Attributes:
+        codes: words of the row of weights with its group's number; another one is 8 rows behind it.
+        swizzle: by which chunks of 16 bytes of codes are exchanged in that row.
+        scales: words of four block scales of that row.
+        selector: of the byte with this thread's two codes of 8, for `prmt`.
+        pair_selector: of this thread's block scale in both rows, each followed by copies of its sign.
+    """
+
+    codes: cute.Pointer
+    swizzle: Int32
+    scales: cute.Pointer
+    selector: Uint32
+    pair_selector: Uint32
+
+
+def place(form: Form, codes: cute.Pointer, scales: cute.Pointer, half: Int32) -> Place:
+    """Of this thread.
+
+    Args:
+        codes, scales: words of the first stage.
+        half: 1 where a tile of 64 rows is the second half of a chunk of block scales.
+    """
+    thread, _, _ = cute.arch.thread_idx()
+    lane = thread % 32
+    row, quad = thread // 32 * 16 + lane // 4, lane % 4
+    words = form.code_bytes // 4
+    # 128, 64 or 32 bytes of a row are swizzled over as many rows as TMA moves to other banks.
+    swizzle = row % 8 * form.code_bytes // 128
+    in_chunk = row + 64 * half
+    scale = in_chunk % 32 * 4 + in_chunk // 32
+    return Place(
+        codes + row * words, swizzle, scales + scale, Uint32(quad + 0x4440), Uint32(quad * 0x1111 + 0xC480)
+    )
+
+
+@cute.jit
+def fill(
+    form: cutlass.Constexpr[Form], at: Place, stage: Int32, part: cutlass.Constexpr[int], r_a: cute.Tensor
+):
+    """The operands of the MMAs of 64 of K.
+
+    Args:
+        part: which 64 of the stage's.
+        r_a: (16,) words; of each MMA rows g and g + 8, first of 8 of K, then of 8 more.
+    """
+    scales = _block_scales(form, at, stage, part)
+    first = at.codes + stage * (form.features * form.code_bytes // 4)
+    r_codes = cute.make_rmem_tensor((4, 2, 2), Uint32)
+    for chunk in cutlass.range_constexpr(2):
+        offset = ((part * 2 + chunk) ^ at.swizzle) * 4
+        for row in cutlass.range_constexpr(2):
+            source = (first + offset + row * 8 * (form.code_bytes // 4)).align(16)
+            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), r_codes[None, row, chunk])
+    for step in cutlass.range_constexpr(_STEPS):
+        for word in cutlass.range_constexpr(2):
+            for row in cutlass.range_constexpr(2):
+                codes = r_codes[step % 2 * 2 + word, row, step // 2]
+                r_a[step * 4 + word * 2 + row] = _pair(codes, at.selector, scales[step], row)
+
+
+def _block_scales(form: Form, at: Place, stage: Int32, part: int) -> list[Uint32]:
+    """Of each MMA, 2^119 times the block scales of rows g and g + 8, as two bf16.
+
+    A thread of a quad converts those of one MMA and gets the others from its neighbours.
+    """
+    first = at.scales + (stage * form.slices + part) * (CHUNK_BYTES // 4)
+    words = [_marked(_word(first)), _marked(_word(first + 8 * 4))]
+    pair = ptx.assembly("prmt.b32 $0, $1, $2, $3;", "r", *words, at.pair_selector)
+    text = (
+        "{.reg .b32 t, f; shl.b32 t, $1, 4; and.b32 t, t, 0xFFF0FFF0; "
+        f"mov.b32 f, 0x{_UP:X}; mul.rn.bf16x2 t, t, f; mov.b32 f, 0x{_UP_LESS:X}; mul.rn.bf16x2 $0, t, f;}}"
+    )
+    mine = ptx.assembly(text, "r", pair)
+    lane = cute.arch.lane_idx()
+    return [cute.arch.shuffle_sync(mine, lane // 4 * 4 + i) for i in range(_STEPS)]
+
+
+def _word(pointer: cute.Pointer) -> Uint32:
+    return cute.make_tensor(pointer, cute.make_layout(1))[0].to(Uint32)
+
+
+def _marked(word: Uint32) -> Uint32:
+    """Four block scales, with the sign set, which none of them has, where one is NaN: only its successor
+    needs another bit. The shift that follows makes all ones of it, which are a NaN of bf16 too."""
+    text = "{.reg .b32 t; add.u32 t, $1, 0x01010101; lop3.b32 $0, $1, t, 0x80808080, 0xF8;}"
+    return ptx.assembly(text, "r", word)
+
+
+def _pair(codes: Uint32, selector: Uint32, scales: Uint32, row: int) -> Uint32:
+    """Two neighbouring weights as bf16.
+
+    Args:
+        codes: 8 of them, two for each thread of a quad.
+        row: of which of the two block scales.
+    """
+    half = "{h, h}" if row else "{l, l}"
+    text = (
+        "{.reg .b32 b, m, s; .reg .b16 l, h; prmt.b32 b, $1, 0, $2; "
+        "mul.lo.u32 m, b, 0x40040; mul.lo.u32 s, b, 0x1001000; and.b32 s, s, 0x80008000; "
+        "lop3.b32 m, m, 0x01C001C0, s, 0xEA; "
+        f"mov.b32 {{l, h}}, $3; mov.b32 s, {half}; mul.rn.bf16x2 $0, m, s;}}"
+    )
+    return ptx.assembly(text, "r", codes, selector, scales)

@@ -1,0 +1,115 @@
+"""What a Hopper GEMM kernel for many tokens is compiled for, and what of that follows for its memories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP_FEATURES = 64  # rows of weights that a warpgroup multiplies: the M of its MMA
+SLICE = 64  # of K: what a row of 128 bytes of bf16 holds, and 4 columns of block scales
+SCALE_ROWS = 128  # of a chunk of block scales, see dsv4lab.layouts
+CHUNK_BYTES = 512  # of block scales of 128 rows and 64 of K
+STORE_ROWS = 32  # tokens that are stored at a time
+STORES = 2  # buffers of each warpgroup, so that one is filled while TMA reads the other
+SHARED_BYTES = 232448  # that a CTA may have
+_BARRIER_BYTES = 1024  # what aligning buffers to 1024 bytes costs, barriers among it
+_MOST_STAGES = 12
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kernel of the grouped GEMM for Hopper.
+
+    Attributes:
+        rows: tokens of a tile, a multiple of 16 up to 256: the N of the MMA.
+        warpgroups: that multiply, each with 64 rows of weights: 1 or 2.
+        depth: K of a stage: 64, 128 or 256.
+        split: CTAs of a cluster that share the K of a tile, or 1.
+        pair: whether two CTAs of a cluster, with weights of their own, share the tokens they load.
+        most_stages: of the ring, or fewer where there is no shared memory for them.
+        grouped: whether offsets and sizes are given; otherwise there is one group of all rows.
+        output: "bf16"; "swiglu", the activation in bf16; "nvfp4", the activation quantized.
+        column_scale: the weights' global scale: "one" for a group; "interleaved", gate and up rows in runs of
+            8; "halves", gate rows, then up rows.
+        clamped: the activation has a limit.
+        swizzled: of "nvfp4", the layout of block scales.
+        wide: of "nvfp4", whether rows of codes are whole 16 bytes.
+    """
+
+    rows: int = 128
+    warpgroups: int = 2
+    depth: int = 128
+    split: int = 1
+    pair: bool = False
+    most_stages: int = _MOST_STAGES
+    grouped: bool = False
+    output: str = "bf16"
+    column_scale: str = "one"
+    clamped: bool = False
+    swizzled: bool = True
+    wide: bool = True
+
+    @property
+    def features(self) -> int:
+        """Rows of weights of a CTA's tile."""
+        return GROUP_FEATURES * self.warpgroups
+
+    @property
+    def ctas(self) -> int:
+        """Of a cluster."""
+        return 2 if self.pair else self.split
+
+    @property
+    def cluster_features(self) -> int:
+        """Rows of weights that a cluster multiplies together."""
+        return self.features * (2 if self.pair else 1)
+
+    @property
+    def slices(self) -> int:
+        """Of 64 of K, in a stage."""
+        return self.depth // SLICE
+
+    @property
+    def threads(self) -> int:
+        """Those that multiply, and a warp that loads."""
+        return 128 * self.warpgroups + 32
+
+    @property
+    def code_bytes(self) -> int:
+        """Of a stage's weights in a row."""
+        return self.depth // 2
+
+    @property
+    def stage_bytes(self) -> int:
+        """Tokens in bf16, codes and block scales of weights."""
+        return self.rows * self.depth * 2 + self.features * self.code_bytes + self.slices * CHUNK_BYTES
+
+    @property
+    def store_columns(self) -> int:
+        """Columns of the output that a warpgroup's rows of weights become."""
+        return GROUP_FEATURES if self.output == "bf16" else GROUP_FEATURES // 2
+
+    @property
+    def stored(self) -> int:
+        """Tokens of a tile whose sums this CTA puts together and stores."""
+        return self.rows // self.split
+
+    @property
+    def store_rows(self) -> int:
+        """Tokens that a warpgroup stores at a time; a thread quantizes one of them."""
+        return min(self.stored, 128 if self.output == "nvfp4" else STORE_ROWS)
+
+    @property
+    def store_bytes(self) -> int:
+        """Of the buffers from which tiles are stored."""
+        return self.store_rows * self.store_columns * 2 * STORES * self.warpgroups
+
+    @property
+    def parts_bytes(self) -> int:
+        """Of the sums that the CTAs which share a tile's K give one another."""
+        return self.rows * self.features * 4 if self.split > 1 else 0
+
+    @property
+    def stages(self) -> int:
+        """As many as there is shared memory for."""
+        room = SHARED_BYTES - _BARRIER_BYTES - self.store_bytes - 4 * self.rows
+        return min(room // self.stage_bytes, self.most_stages)

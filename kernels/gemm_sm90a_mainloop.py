@@ -1,0 +1,250 @@
+"""The way of operands: TMA brings tiles to a ring of stages in shared memory, warpgroups multiply them.
+
+Operands are swapped: weights are the first operand of an MMA and come from registers, dequantized there, see
+gemm_sm90a_dequantize; tokens in bf16 are the second one and come from shared memory. Where codes, tokens or
+scales end within a tile, TMA fills in zeros.
+"""
+
+# No annotations from __future__: the DSL reads them as types.
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Int32, Int64, Uint32, cute
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
+from dsv4lab.kernels.gemm_sm90a_dequantize import Place, fill
+from dsv4lab.kernels.gemm_sm90a_form import CHUNK_BYTES, GROUP_FEATURES, SCALE_ROWS, SLICE, Form
+from dsv4lab.kernels.gemm_tiles import Tile, Work, begin, find
+
+CODES, TOKEN, SUM = cutlass.Uint8, cutlass.BFloat16, cutlass.Float32
+_WORDS = CHUNK_BYTES // 4
+_KINDS = {
+    32: warpgroup.SmemLayoutAtomKind.K_SW32,
+    64: warpgroup.SmemLayoutAtomKind.K_SW64,
+    128: warpgroup.SmemLayoutAtomKind.K_SW128,
+}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Tokens, codes and block scales of weights, in this order.
+
+    Attributes:
+        loads: copies by TMA.
+        tensors: what they read, as coordinates.
+        layouts: of all stages in shared memory.
+    """
+
+    loads: list
+    tensors: list
+    layouts: list
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Stages in shared memory.
+
+    Attributes:
+        s_tokens: (rows, 64, 64s of K of all stages).
+        s_codes: (features, bytes, stages).
+        s_scales: (words, chunks of a stage, 1, stages).
+        full, free: a barrier for each stage: filled, and read by all warps that multiply with it.
+    """
+
+    s_tokens: cute.Tensor
+    s_codes: cute.Tensor
+    s_scales: cute.Tensor
+    full: cute.Pointer
+    free: cute.Pointer
+
+
+def tiled_mma(form: Form) -> cute.TiledMma:
+    """The MMA of a warpgroup."""
+    major = OperandMajorMode.K
+    return hopper_helpers.make_trivial_tiled_mma(
+        TOKEN, TOKEN, major, major, SUM, (1, 1, 1), (GROUP_FEATURES, form.rows),
+        warpgroup.OperandSource.RMEM,
+    )  # fmt: skip
+
+
+def arrivals(form: Form) -> int:
+    """At the barrier of a stage that was read: of all warps that multiply with what this CTA loads."""
+    return 4 * form.warpgroups * (2 if form.pair else 1)
+
+
+@cute.jit
+def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int32, k: Int32, groups: Int32):
+    """Descriptors for TMA.
+
+    Args:
+        pointers: tokens (rows, k), codes (groups, n, k / 2) and swizzled block scales; k is a multiple of 32.
+    """
+    tokens, codes, scales = pointers
+    k = cute.assume(k, 32)
+    nbytes = cute.assume(k // 2, 16)
+    m_tokens = cute.make_tensor(tokens, cute.make_layout((rows, k), stride=(k, 1)))
+    m_codes = cute.make_tensor(
+        cute.recast_ptr(codes, dtype=CODES),
+        cute.make_layout((n, nbytes, groups), stride=(nbytes, 1, cute.assume(Int64(n) * nbytes, 16))),
+    )
+    depth, blocks = cute.ceil_div(k, SLICE), cute.ceil_div(n, SCALE_ROWS) * groups
+    m_scales = cute.make_tensor(
+        cute.recast_ptr(scales, dtype=Int32),
+        cute.make_layout((_WORDS, depth, blocks), stride=(1, _WORDS, Int64(_WORDS) * depth)),
+    )
+    s_tokens = hopper_helpers.make_smem_layout_b(
+        LayoutEnum.ROW_MAJOR, (GROUP_FEATURES, form.rows, SLICE), TOKEN, form.stages * form.slices
+    )
+    atom = warpgroup.make_smem_layout_atom(_KINDS[form.code_bytes], CODES)
+    s_codes = cute.tile_to_shape(atom, (form.features, form.code_bytes, form.stages), order=(0, 1, 2))
+    s_scales = cute.make_layout((_WORDS, form.slices, 1, form.stages))
+    one = cpasync.CopyBulkTensorTileG2SOp()
+    shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if form.pair else one
+    infos = [
+        cpasync.make_tiled_tma_atom(
+            shared, m_tokens, cute.slice_(s_tokens, (None, None, 0)), (form.rows, SLICE),
+            num_multicast=2 if form.pair else 1,
+        ),
+        cpasync.make_tiled_tma_atom(
+            one, m_codes, cute.slice_(s_codes, (None, None, 0)), (form.features, form.code_bytes)
+        ),
+        cpasync.make_tiled_tma_atom(
+            one, m_scales, cute.slice_(s_scales, (None, None, None, 0)), (_WORDS, form.slices, 1)
+        ),
+    ]  # fmt: skip
+    loads, tensors = [info.atom for info in infos], [info.tma_tensor for info in infos]
+    return Operands(loads, tensors, [s_tokens, s_codes, s_scales])
+
+
+@cute.jit
+def share(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
+    """First and last stage along K that the CTA of this rank multiplies."""
+    steps = cute.ceil_div(k, form.depth)
+    if cutlass.const_expr(form.split > 1):
+        return steps * rank // form.split, steps * (rank + 1) // form.split
+    return Int32(0), steps
+
+
+@cute.jit
+def load_tile(
+    form: cutlass.Constexpr[Form], given: Operands, ring: Ring, tile: Tile, feature_tile: Int32,
+    columns: Int32, begins: Int32, ends: Int32, rank: Int32, count: Int32,
+) -> Int32:  # fmt: skip
+    """Bring the operands of a tile, stage after stage.
+
+    Args:
+        feature_tile: number of the CTA's tile of weights.
+        columns: chunks of block scales of a group.
+        begins, ends: stages along K.
+        count: of stages that were loaded before; gives that of all.
+    """
+    m_tokens, m_codes, m_scales = given.tensors
+    both = cute.make_layout(2 if cutlass.const_expr(form.pair) else 1)
+    mask = Int32(3).to(cutlass.Int16) if cutlass.const_expr(form.pair) else None
+    part = rank if cutlass.const_expr(form.pair) else 0
+    g_tokens = cute.local_tile(cute.domain_offset((tile.row, 0), m_tokens), (form.rows, SLICE), (0, None))
+    g_codes = cute.local_tile(m_codes, (form.features, form.code_bytes), (feature_tile, None, tile.group))
+    block = tile.group * columns + feature_tile * form.features // SCALE_ROWS
+    g_scales = cute.local_tile(m_scales, (_WORDS, form.slices, 1), (0, None, block))
+    s_tokens, g_tokens = _partition(given.loads[0], part, both, ring.s_tokens, g_tokens, 2)
+    s_codes, g_codes = _partition(given.loads[1], 0, cute.make_layout(1), ring.s_codes, g_codes, 2)
+    s_scales, g_scales = _partition(given.loads[2], 0, cute.make_layout(1), ring.s_scales, g_scales, 3)
+    for i in cutlass.range(begins, ends, unroll=1):
+        stage, phase = count % form.stages, count // form.stages % 2
+        full = ring.full + stage
+        # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
+        wait(form, ring.free + stage, phase ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
+        cute.copy(given.loads[1], g_codes[None, i], s_codes[None, stage], tma_bar_ptr=full)
+        cute.copy(given.loads[2], g_scales[None, i], s_scales[None, stage], tma_bar_ptr=full)
+        for j in cutlass.range_constexpr(form.slices):
+            cute.copy(
+                given.loads[0], g_tokens[None, i * form.slices + j], s_tokens[None, stage * form.slices + j],
+                tma_bar_ptr=full, mcast_mask=mask,
+            )  # fmt: skip
+        count += 1
+    return count
+
+
+def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
+    """Boxes in shared and in global memory: (box, ...)."""
+    return cpasync.tma_partition(
+        load, cta, ctas, cute.group_modes(s_tensor, 0, modes), cute.group_modes(g_tensor, 0, modes)
+    )
+
+
+@cute.jit
+def multiply_tile(
+    form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
+    steps: Int32, count: Int32,
+) -> Int32:  # fmt: skip
+    """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
+
+    Args:
+        steps: stages.
+        count: of stages that were multiplied before; gives that of all.
+    """
+    r_tokens = mma.make_fragment_B(mma.get_slice(0).partition_B(ring.s_tokens))
+    mma.set(warpgroup.Field.ACCUMULATE, False)
+    for i in cutlass.range(steps, unroll=1):
+        stage, phase = count % form.stages, count // form.stages % 2
+        wait(form, ring.full + stage, phase)
+        for part in cutlass.range_constexpr(form.slices):
+            r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
+            fill(form, at, stage, part, cute.recast_tensor(r_weights, Uint32))
+            warpgroup.fence()
+            for step in cutlass.range_constexpr(cute.size(r_tokens, mode=[2])):
+                where = (None, None, step, stage * form.slices + part)
+                cute.gemm(mma, r_sums, r_weights[None, None, step], r_tokens[where], r_sums)
+                mma.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+            # MMAs before these are done, so that their stage may be filled again.
+            warpgroup.wait_group(1)
+            if cutlass.const_expr(part == 0):
+                if i > 0:
+                    release(form, ring, count - 1)
+        count += 1
+    warpgroup.wait_group(0)
+    if steps > 0:
+        release(form, ring, count - 1)
+    return count
+
+
+@cute.jit
+def release(form: cutlass.Constexpr[Form], ring: Ring, count: Int32):
+    """This warp has read a stage."""
+    free = ring.free + count % form.stages
+    lane = cute.arch.lane_idx()
+    if cutlass.const_expr(form.pair):
+        # Half of the tokens came from the other CTA, which must not send more of them too early.
+        if lane < 2:
+            there = cute.arch.map_dsmem_ptr(free, lane).toint()
+            cute.arch.inline_ptx(
+                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[there]
+            )
+    elif lane == 0:
+        cute.arch.mbarrier_arrive(free)
+
+
+@cute.jit
+def wait(form: cutlass.Constexpr[Form], barrier: cute.Pointer, phase: Int32):
+    """Until a phase is over."""
+    if cutlass.const_expr(form.pair):
+        # The DSL's own wait hears of the same CTA's threads alone.
+        there = barrier.toint()
+        done = _asked(there, phase)
+        while done == 0:
+            done = _asked(there, phase)
+    else:
+        cute.arch.mbarrier_wait(barrier, phase)
+
+
+def _asked(address: Int32, phase: Int32) -> Int32:
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [{$r0}], {$r1}; "
+        "selp.b32 {$w0}, 1, 0, p; }",
+        write_only_types=[Int32],
+        read_only_args=[address, phase],
+    )

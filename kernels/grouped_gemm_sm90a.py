@@ -1,0 +1,157 @@
+"""The grouped GEMM of NVFP4 weights for Hopper, for many tokens: activations of many groups in bf16.
+
+A persistent kernel of one or two warpgroups that multiply and a warp that loads, see gemm_sm90a_mainloop.
+Weights stay 4-bit until they are in registers. Where there are fewer tiles than SMs, the CTAs of a cluster
+share the K of a tile, see gemm_sm90a_exchange; results repeat bit for bit. Which tile is next, each warp
+finds for itself from offsets and sizes in global memory, see gemm_tiles.
+
+The first letter of a tensor says where it is: m whole in global memory, g tiles of it, s shared memory, r
+registers.
+"""
+
+# No annotations from __future__: the DSL reads them as types.
+import cutlass
+from cuda.bindings.driver import CUstream
+from cutlass import Float32, Int32, Uint32, cute, memory
+from dsv4lab.kernels.gemm_epilogue import Factors
+from dsv4lab.kernels.gemm_sm90a_dequantize import place
+from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, load_factors, store_tile, stored
+from dsv4lab.kernels.gemm_sm90a_exchange import give, meet, parts_layout, total
+from dsv4lab.kernels.gemm_sm90a_form import SCALE_ROWS, Form
+from dsv4lab.kernels.gemm_sm90a_mainloop import (
+    CODES,
+    SUM,
+    TOKEN,
+    Operands,
+    Ring,
+    arrivals,
+    load_tile,
+    multiply_tile,
+    operands,
+    share,
+    tiled_mma,
+)
+from dsv4lab.kernels.gemm_tiles import Work, begin, find
+
+
+@cute.kernel
+def _kernel(
+    form: cutlass.Constexpr[Form], mma: cute.TiledMma, given: Operands, work: Work, factors: Factors,
+    out: Stored, n: Int32, k: Int32,
+):  # fmt: skip
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    first, step, rank = block // form.ctas, blocks // form.ctas, block % form.ctas
+
+    smem = memory.SmemAllocator()
+    barriers = smem.allocate_array(cutlass.Int64, 2 * form.stages)
+    s_factors = smem.allocate_tensor(Float32, cute.make_layout(form.stored), 16)
+    s_tokens, s_codes, s_scales = given.layouts
+    # A swizzle repeats every 1024 bytes, and counts them from address 0.
+    s_tokens = smem.allocate_tensor(TOKEN, s_tokens.outer, 1024, swizzle=s_tokens.inner)
+    s_codes = smem.allocate_tensor(CODES, s_codes.outer, 1024, swizzle=s_codes.inner)
+    s_scales = smem.allocate_tensor(Int32, s_scales, 128)
+    s_out = smem.allocate_tensor(OUT, out.layout.outer, 1024, swizzle=out.layout.inner)
+    ring = Ring(s_tokens, s_codes, s_scales, barriers, barriers + form.stages)
+    s_parts = cute.make_tensor(_plain(s_tokens, SUM), parts_layout(form))
+
+    if warp == 0:
+        with cute.arch.elect_one():
+            for stage in cutlass.range_constexpr(form.stages):
+                cute.arch.mbarrier_init(ring.full + stage, 1)
+                cute.arch.mbarrier_init(ring.free + stage, arrivals(form))
+        cute.arch.mbarrier_init_fence()
+    cute.arch.sync_threads()
+    if cutlass.const_expr(form.ctas > 1):
+        meet()
+
+    begins, ends = share(form, rank, k)
+    tile, seen = find(work, form, begin(work, form), first)
+    number, count = first, Int32(0)
+    if warp == 4 * form.warpgroups:
+        while tile.here:
+            feature_tile = _feature_tile(form, tile, rank)
+            columns = cute.ceil_div(n, SCALE_ROWS)
+            count = load_tile(form, given, ring, tile, feature_tile, columns, begins, ends, rank, count)
+            number += step
+            tile, seen = find(work, form, seen, number)
+            if cutlass.const_expr(form.split > 1):
+                meet()
+                meet()
+                if tile.here:
+                    meet()
+    else:
+        while tile.here:
+            feature_tile = _feature_tile(form, tile, rank)
+            token = rank * form.stored if cutlass.const_expr(form.split > 1) else Int32(0)
+            load_factors(form, factors, tile, token, s_factors)
+            half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
+            at = place(form, _plain(s_codes, Uint32), _plain(s_scales, Uint32), half)
+            r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
+            count = multiply_tile(form, mma, ring, at, r_sums, ends - begins, count)
+            number += step
+            following, seen = find(work, form, seen, number)
+            if cutlass.const_expr(form.split > 1):
+                r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
+                meet()
+                give(form, s_parts, r_sums, rank)
+                meet()
+                total(form, s_parts, r_total)
+                store_tile(form, factors, out, tile, feature_tile, token, r_total, s_factors, s_out, n)
+                if following.here:
+                    cute.arch.fence_view_async_shared()
+                    meet()
+            else:
+                store_tile(form, factors, out, tile, feature_tile, token, r_sums, s_factors, s_out, n)
+            tile = following
+        if warp % 4 == 0:
+            with cute.arch.elect_one():
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+    if cutlass.const_expr(form.pair):
+        # Nobody leaves while another one may still arrive here.
+        meet()
+
+
+_kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
+
+
+def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
+    """Number of this CTA's tile of weights."""
+    return tile.column * 2 + rank if form.pair else tile.column
+
+
+def _plain(tensor: cute.Tensor, element) -> cute.Pointer:
+    """Where a tensor begins, without its swizzle."""
+    address = tensor.iterator.toint()
+    return cute.make_ptr(element, address, cute.AddressSpace.smem, assumed_align=128)
+
+
+def make(form: Form):
+    """The host function of a kernel."""
+
+    @cute.jit
+    def gemm(
+        tokens: cute.Pointer, codes: cute.Pointer, scales: cute.Pointer, g_a: cute.Pointer, g_b: cute.Pointer,
+        offsets: cute.Pointer, sizes: cute.Pointer, out: cute.Pointer, out_scales: cute.Pointer,
+        g_out: cute.Pointer, rows: Int32, n: Int32, k: Int32, groups: Int32, a_row: Int32, a_group: Int32,
+        b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
+    ):  # fmt: skip
+        given = operands(form, [tokens, codes, scales], rows, n, k, groups)
+        vector = cute.make_layout(groups)
+        work = Work(
+            cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
+            cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
+            rows, groups, cute.ceil_div(n, form.cluster_features),
+        )  # fmt: skip
+        # Their steps say where which scale is; of a layout with one element every place would be the first.
+        any_place = cute.make_layout(2**31 - 1)
+        g = [cute.make_tensor(pointer, any_place) for pointer in (g_a, g_b)]
+        factors = Factors(*g, a_row, a_group, b_group, limit)
+        target = stored(form, out, rows, n if cutlass.const_expr(form.output == "bf16") else n // 2)
+        _kernel(form, tiled_mma(form), given, work, factors, target, n, k).launch(
+            grid=(clusters * form.ctas, 1, 1), block=(form.threads, 1, 1), cluster=(form.ctas, 1, 1),
+            stream=stream,
+        )  # fmt: skip
+
+    return gemm
