@@ -36,7 +36,8 @@ def supports(what: str) -> Status:
 
     Args:
         what: "reference", "hopper", "blackwell" (the backend: GPU, kernels and their compiler) or "emulator";
-            "cuda" (any NVIDIA GPU torch can use); "sm_90a", "sm_100a", "sm_103a" (one of that architecture).
+            "cuda" (any NVIDIA GPU torch can use); "kernels" (one that "hopper" or "blackwell" runs on); "sm_90a",
+            "sm_100a", "sm_103a" (one of that architecture).
 
     Returns:
         A `Status`, true or false, whose `reason` says why not when false.
@@ -48,6 +49,9 @@ def supports(what: str) -> Status:
         return Status(True)
     if what == "cuda":
         return _cuda()
+    if what == "kernels":
+        statuses = [_kernel_backend(name) for name in CAPABILITIES]
+        return next(filter(None, statuses), statuses[0])
     if what in ARCHITECTURES:
         digits = what.removeprefix("sm_").removesuffix("a")
         return _capability(((int(digits[:-1]), int(digits[-1])),))
@@ -56,7 +60,7 @@ def supports(what: str) -> Status:
         return Status(True) if found else Status(False, "nvidia-cutlass-dsl is not installed")
     if what in CAPABILITIES:
         return _kernel_backend(what)
-    known = ", ".join((*BACKENDS, "cuda", *ARCHITECTURES))
+    known = ", ".join((*BACKENDS, "cuda", "kernels", *ARCHITECTURES))
     raise ValueError(f"what is {what!r}, but must be one of {known}")
 
 

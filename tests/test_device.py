@@ -41,6 +41,9 @@ def test_a_cpu_build_of_torch_is_named(monkeypatch, what):
         ((10, 3), "sm_100a", False),
         ((10, 3), "sm_103a", True),
         ((8, 0), "cuda", True),
+        ((9, 0), "kernels", True),
+        ((10, 0), "kernels", True),
+        ((10, 3), "kernels", True),
     ],
 )
 def test_the_architecture_decides(monkeypatch, found, what, available):
@@ -52,6 +55,13 @@ def test_the_architecture_decides(monkeypatch, found, what, available):
     if not available:
         wanted = what.removesuffix("a")
         assert status.reason == f"the GPU is sm_{found[0]}{found[1]}, the kernels need {wanted}"
+
+
+def test_no_kernels_run_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert device.supports("kernels").reason.startswith("the GPU is sm_80, the kernels need sm_90")
 
 
 def test_a_written_kernel_leaves_the_gpu_as_the_reason(monkeypatch, tmp_path):

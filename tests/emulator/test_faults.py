@@ -203,7 +203,10 @@ def test_generic_writes_that_the_async_proxy_may_not_see(ptx_kernel):
 
 
 def test_bytes_that_an_mbarrier_still_expects_at_the_end(ptx_kernel):
-    text = BARRIER + " @%p10 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r22], 16;"
+    text = BARRIER + (
+        " @%p10 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r22], 16;\n"
+        " @%p10 mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r22], 8;"
+    )
     error, line = fault(text, ptx_kernel)
     assert isinstance(error, BarrierError) and "wrong transaction count" in str(error)
     assert "expect_tx" in line
