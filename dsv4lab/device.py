@@ -36,8 +36,8 @@ def supports(what: str) -> Status:
 
     Args:
         what: "reference", "hopper", "blackwell" (the backend: GPU, kernels and their compiler) or "emulator";
-            "cuda" (any NVIDIA GPU torch can use); "kernels" (one that "hopper" or "blackwell" runs on); "sm_90a",
-            "sm_100a", "sm_103a" (one of that architecture).
+            "cuda" (any NVIDIA GPU torch can use); "kernels" (one that "hopper" or "blackwell" runs on);
+            "sm_90a", "sm_100a", "sm_103a" (one of that architecture).
 
     Returns:
         A `Status`, true or false, whose `reason` says why not when false.
