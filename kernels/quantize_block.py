@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 from cutlass import Float32, Uint32
 from dsv4lab.kernels import quantize_ptx as ptx
-from dsv4lab.kernels.quantize_ptx import bits, both, either, mul, select, single
+from dsv4lab.kernels.quantize_ptx import bits, both, either, fma, mul, select, single
 
 from dsv4lab.formats import AMAX_FLOOR, E2M1_MAX, E4M3_MAX, GLOBAL_MAX, GLOBAL_MIN
 
 WORDS = 8  # of a block of bf16
 _INFINITY = 0x7F800000
-_SUBNORMAL = 2.0**-149
 # Floats from here on are 1 apart, and have the integer they hold in their lowest bits.
 _ROUNDER = 1.5 * 2.0**23
 # Below this a code is rounded to, above it they are all 6.
@@ -29,19 +28,43 @@ class RowScale:
 
     Attributes:
         g: the scale, NaN where none is.
-        divisor: 6 g, or the smallest float where that is 0.
-        saturates: blocks whose amax is above it have the largest scale: 0 where g is 0, else Inf.
+        unit: a power of two that makes `divisor` of 6 g.
+        divisor: from 1 to 2, or 0 where g is 0.
+        reciprocal: of the divisor; 0 where that is 0.
+        saturates: blocks whose amax is above it have the largest scale, 4096 * 6 g.
     """
 
     g: Float32
+    unit: Float32
     divisor: Float32
+    reciprocal: Float32
     saturates: Float32
 
 
 def row_scale(g: Float32) -> RowScale:
     """From a global scale that is 0, in range or NaN."""
-    divisor = ptx.max_nan(mul(g, E2M1_MAX), _SUBNORMAL)
-    return RowScale(g, divisor, select("eq.f32", g, 0.0, 0.0, math.inf))
+    product = mul(g, E2M1_MAX)
+    # The exponents add up to that of 1, twice.
+    unit = single(ptx.sub_words(2 * ptx.pattern(1.0), both(bits(product), _INFINITY)))
+    divisor = mul(product, unit)
+    inverse = select("eq.f32", g, 0.0, 0.0, reciprocal(divisor))
+    return RowScale(g, unit, divisor, inverse, mul(product, 4096.0))
+
+
+def reciprocal(x: Float32) -> Float32:
+    """1 / x to nearest, as rcp.rn makes it of an x from 2^-125 to 2^125, but without asking for others."""
+    r = ptx.rcp_fast(x)
+    return fma(r, fma(ptx.negated(x), r, 1.0), r)
+
+
+def _quotient(a: Float32, row: RowScale) -> Float32:
+    """a / (6 g) to nearest where a is at most `row.saturates`, in the steps of div.rn.
+
+    `unit` keeps the remainder from being subnormal where the quotient is one that E4M3 does not round to 0.
+    """
+    a = mul(a, row.unit)
+    q = mul(a, row.reciprocal)
+    return fma(fma(ptx.negated(q), row.divisor, a), row.reciprocal, q)
 
 
 def checked_scale(g: Float32) -> Float32:
@@ -81,8 +104,7 @@ def amax(block: list[Uint32]) -> Uint32:
 def block_scale(high: Uint32, row: RowScale) -> tuple[Uint32, Float32]:
     """The block's E4M3 scale s and s g, from the bits of its amax."""
     a = finite_or_nan(high)
-    quotient = select("gt.f32", a, row.saturates, E4M3_MAX, ptx.div(a, row.divisor))
-    scale = ptx.to_e4m3(ptx.min_nan(quotient, E4M3_MAX))
+    scale = ptx.to_e4m3(select("gt.f32", a, row.saturates, E4M3_MAX, _quotient(a, row)))
     return scale, mul(ptx.from_e4m3(scale), row.g)
 
 
@@ -94,9 +116,9 @@ def encode(block: list[Uint32], step: Float32, has_e2m1: bool) -> tuple[Uint32, 
         step: s g; blocks for which it is NaN get codes 0.
         has_e2m1: whether the architecture converts to E2M1.
     """
-    # -0 is no larger than 0 either, and NaN than nothing. The reciprocal of 1 takes the short way.
+    # -0 is no larger than 0 either, and NaN than nothing.
     usable = select("gt.f32", step, 0.0, step, 1.0)
-    r = select("gt.f32", step, 0.0, ptx.rcp(usable), 0.0)
+    r = select("gt.f32", step, 0.0, reciprocal(usable), 0.0)
     half = len(block) // 2
     if has_e2m1:
         kept = select("nan.f32", step, step, 0, 0xFFFFFFFF, "r")

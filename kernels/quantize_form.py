@@ -26,6 +26,7 @@ class Form:
         weight, mix: element types, as `element`.
         clamped: SwiGLU with a limit.
         wide: SwiGLU whose up may be beyond 2^64.
+        tame: SwiGLU of bf16 clamped to at most 64, a number of bf16.
         interleaved: gate and up alternate in runs of 8.
         keeps: writes the bf16 values that it quantizes, too.
         matrices: there may be other than one of them.
@@ -48,6 +49,7 @@ class Form:
     mix: str = "f32"
     clamped: bool = False
     wide: bool = True
+    tame: bool = False
     interleaved: bool = False
     keeps: bool = False
     matrices: bool = False
@@ -64,8 +66,8 @@ class Form:
 
     @property
     def loops(self) -> bool:
-        """Whether a CTA goes over many rows: with what it keeps of a norm's weight, or to one amax."""
-        return (self.norm and self.scale != "cluster") or self.output == "partials"
+        """Whether a CTA goes over many rows, to one amax."""
+        return self.output == "partials"
 
     @property
     def norm(self) -> bool:

@@ -17,12 +17,16 @@ MAX_GRID_Y = 65535
 MAX_PARTS = 512
 _CTA = 256  # threads, where a row has fewer
 # Threads of the largest CTA by blocks of a thread, whose registers have to do: 64 each for 1024 threads, 72
-# for 896, 102 for 640, 128 for 512. A norm also keeps its weights.
-_LARGEST = {"plain": {1: 1024, 2: 1024, 4: 512}, "dequantize": {1: 1024, 4: 1024}}
+# for 896, 102 for 640, 128 for 512.
+_LARGEST = {
+    "plain": {1: 1024, 2: 1024, 4: 512},
+    "rmsnorm": {1: 896, 2: 640, 4: 512},
+    "dequantize": {1: 1024, 4: 1024},
+}
 _LARGEST_OTHERS = {1: 896, 2: 640}
 # Blocks of a thread where there are many: so many that what is done once for a row costs little beside them,
 # and so few that there is room for several CTAs on an SM. Others have 2. (Of dequantizing, halves of them.)
-_BLOCKS = {"dequantize": 4, "plain": 4}
+_BLOCKS = {"dequantize": 4, "plain": 4, "rmsnorm": 4}
 _STREAMING = 768  # threads of a row that does not fit into the registers of a CTA
 
 
@@ -79,9 +83,6 @@ def grid(source: str, teams: Teams, rows: int, pad_chunks: int, sm_count: int) -
         pad_chunks: of 16 bytes of zero scales, which all CTAs write together.
     """
     ctas = -(-rows // teams.teams)
-    if source in ("rmsnorm", "mhc"):
-        # A CTA keeps the norm's weights for all of its rows.
-        ctas = min(ctas, sm_count * max(2048 // teams.threads, 1))
     return max(ctas, min(-(-pad_chunks // teams.threads), sm_count), 1)
 
 

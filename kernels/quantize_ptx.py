@@ -86,14 +86,17 @@ rcp, sqrt = _floats("rcp.rn.f32"), _floats("sqrt.rn.f32")
 negated, absolute = _floats("neg.f32"), _floats("abs.f32")
 # The plain ones drop a NaN, the others give it on.
 fmin, fmax, min_nan, max_nan = map(_floats, ("min.f32", "max.f32", "min.NaN.f32", "max.NaN.f32"))
-# Not part of the contract: an activation is right to a unit of bf16.
+# Not part of the contract: an activation is right to a unit of bf16. (The reciprocal is where a step of
+# Newton's follows.)
 exp2_fast, rcp_fast = _floats("ex2.approx.ftz.f32"), _floats("rcp.approx.ftz.f32")
+rsqrt_fast = _floats("rsqrt.approx.f32")
 
 both, either, shift_left, shift_right = map(_words, ("and.b32", "or.b32", "shl.b32", "shr.u32"))
 add_words, sub_words, multiply_add = _words("add.u32"), _words("sub.u32"), _words("mad.lo.u32")
 umin, umax = _words("min.u32"), _words("max.u32")
 # Of the two 16-bit halves.
 min_halves, max_halves = _words("min.u16x2"), _words("max.u16x2")
+min_bf16x2, max_bf16x2 = _words("min.bf16x2"), _words("max.bf16x2")
 # Two floats rounded to a word, the first one in its upper half.
 to_bf16x2, to_f16x2 = _words("cvt.rn.bf16x2.f32"), _words("cvt.rn.f16x2.f32")
 

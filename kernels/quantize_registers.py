@@ -23,17 +23,10 @@ class Blocks:
         self.r_read = [cute.make_rmem_tensor(form.read_words, Uint32) for _ in range(form.blocks)]
         self.r_block = [cute.make_rmem_tensor(form.block_words, Uint32) for _ in range(form.blocks)]
         self.r_high = cute.make_rmem_tensor(form.blocks, Uint32)
-        self.r_weight = [cute.make_rmem_tensor(16 if form.norm else 1, Uint32) for _ in range(form.blocks)]
 
     def column(self, chunk: Int32, slot: int) -> Int32:
         """Of a thread's block in a row."""
         return (chunk * self.form.blocks + slot) * self.form.team + self.lane
-
-
-def read_weights(blocks: Blocks, chunk: Int32) -> None:
-    for slot in range(blocks.form.blocks):
-        column, r_weight = blocks.column(chunk, slot), blocks.r_weight[slot]
-        _read_weight(blocks.form, blocks.m_weight, column, blocks.columns, r_weight)
 
 
 def read_blocks(blocks: Blocks, row: Int64, here: Boolean, chunk: Int32) -> None:
@@ -54,9 +47,10 @@ def finish(blocks: Blocks, rrms: Float32, here: Boolean, chunk: Int32) -> Uint32
     """From what was read to what is quantized; bits of the largest amax."""
     high = None
     for slot in range(blocks.form.blocks):
-        active = here & (blocks.column(chunk, slot) < blocks.columns)
-        r_words, r_block = (blocks.r_read[slot], blocks.r_weight[slot]), blocks.r_block[slot]
-        _finish_block(blocks.form, *r_words, rrms, blocks.limit, active, r_block)
+        column, r_block = blocks.column(chunk, slot), blocks.r_block[slot]
+        active = here & (column < blocks.columns)
+        given = (blocks.r_read[slot], blocks.m_weight, column)
+        _finish_block(blocks.form, *given, rrms, blocks.limit, active, r_block)
         amax = block.amax(_listed(r_block))
         blocks.r_high[slot] = amax
         high = amax if high is None else ptx.umax(high, amax)
@@ -81,8 +75,8 @@ def encode(
             scale_at += slot * form.team * 128 if apart else 0
         _encode_block(
             form, m_codes, m_scales, m_kept, row * columns + column, column, columns, here,
-            scales_at + scale_at, row_scale.g, row_scale.divisor, row_scale.saturates,
-            blocks.r_high[slot], blocks.r_block[slot],
+            scales_at + scale_at, row_scale.g, row_scale.unit, row_scale.divisor, row_scale.reciprocal,
+            row_scale.saturates, blocks.r_high[slot], blocks.r_block[slot],
         )  # fmt: skip
 
 
@@ -91,37 +85,29 @@ def _listed(r_words: cute.Tensor) -> list[Uint32]:
 
 
 @cute.jit
-def _read_weight(
-    form: cutlass.Constexpr[Form],
-    m_weight: cute.Pointer,
-    column: Int32,
-    columns: Int32,
-    r_weight: cute.Tensor,
-):
-    words = cutlass.const_expr(words_of(form.weight))
-    r_weight.fill(0)
-    if column < columns:
-        loaded = load(m_weight, Int64(column) * words, words)
-        _fill(r_weight, [ptx.bits(w) for w in singles(_listed(loaded), form.weight)])
-
-
-@cute.jit
 def _finish_block(
     form: cutlass.Constexpr[Form],
     r_read: cute.Tensor,
-    r_weight: cute.Tensor,
+    m_weight: cute.Pointer,
+    column: Int32,
     rrms: Float32,
     limit: Float32,
     active: Boolean,
     r_block: cute.Tensor,
 ):
-    """A block as it is quantized, 0 where there is none: a norm would make NaN of 0 and infinity."""
+    """A block as it is quantized, 0 where there is none: a norm would make NaN of 0 and infinity.
+
+    A norm's weight is read here and not before: it is in a cache, and registers are few.
+    """
     if cutlass.const_expr(form.source == "plain"):
         _fill(r_block, finished(form, _listed(r_read), rrms, None, limit))
     else:
         r_block.fill(0)
         if active:
-            weight = singles(_listed(r_weight), "f32") if form.norm else None
+            weight = None
+            if cutlass.const_expr(form.norm):
+                words = cutlass.const_expr(words_of(form.weight))
+                weight = singles(_listed(load(m_weight, Int64(column) * words, words)), form.weight)
             _fill(r_block, finished(form, _listed(r_read), rrms, weight, limit))
 
 
@@ -142,14 +128,16 @@ def _encode_block(
     here: Boolean,
     scale_at: Int64,
     g: Float32,
+    unit: Float32,
     divisor: Float32,
+    reciprocal: Float32,
     saturates: Float32,
     high: Uint32,
     r_block: cute.Tensor,
 ):
     """Codes and scale of a block; in the swizzled layout also the zero scales that fill a row up."""
     if here & (column < padded_columns(form.swizzled, columns)):
-        scale, step = block.block_scale(high, block.RowScale(g, divisor, saturates))
+        scale, step = block.block_scale(high, block.RowScale(g, unit, divisor, reciprocal, saturates))
         if cutlass.const_expr(form.swizzled):
             scale = Uint32(select_(column < columns, scale, Uint32(0)))
         cute.make_tensor(m_scales + scale_at, cute.make_layout(1))[0] = scale.to(Uint8)

@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Int64, Uint32, cute, memory
 from dsv4lab.kernels import quantize_block as block
 from dsv4lab.kernels import quantize_ptx as ptx
 from dsv4lab.kernels.quantize_form import Form
-from dsv4lab.kernels.quantize_registers import Blocks, encode, finish, read_blocks, read_weights, square_sum
+from dsv4lab.kernels.quantize_registers import Blocks, encode, finish, read_blocks, square_sum
 from dsv4lab.kernels.quantize_scales import copy_known, largest_part, scale_of_row
 from dsv4lab.kernels.quantize_sources import reciprocal_root
 from dsv4lab.kernels.rows import cells, cluster_max, pad_swizzled, padded_columns, team_max, team_sum
@@ -60,8 +60,6 @@ def _quantize_rows(
         chunks = (padded_columns(form.swizzled, columns) + at_once - 1) // at_once
     blocks = Blocks(form, m_x, m_mix, m_weight, columns, limit, lane)
     rrms = Float32(0)
-    if cutlass.const_expr(form.norm and resident):
-        read_weights(blocks, 0)
     if cutlass.const_expr(form.scale == "known"):
         copy_known(m_known, m_g, known)
 
@@ -99,8 +97,6 @@ def _quantize_rows(
                 for chunk in cutlass.range(chunks, unroll=1):
                     if cutlass.const_expr(not (resident and form.norm)):
                         read_blocks(blocks, row, here, chunk)
-                    if cutlass.const_expr(form.norm and not resident):
-                        read_weights(blocks, chunk)
                     high = ptx.umax(high, finish(blocks, rrms, here, chunk))
                 if cutlass.const_expr(form.scale == "row"):
                     high = team_max(high, form.team, s_cells, turn)
@@ -124,8 +120,6 @@ def _quantize_rows(
                 for chunk in cutlass.range(chunks, unroll=1):
                     if cutlass.const_expr(not resident or not (form.norm or needs_amax)):
                         read_blocks(blocks, row, here, chunk)
-                    if cutlass.const_expr(form.norm and not resident):
-                        read_weights(blocks, chunk)
                     if cutlass.const_expr(not (resident and needs_amax)):
                         finish(blocks, rrms, here, chunk)
                     if cutlass.const_expr(form.scale == "known"):

@@ -48,9 +48,14 @@ class Source:
             fields |= {
                 "clamped": self.limit is not None,
                 "wide": limit > 2.0**64,
+                "tame": limit <= 64 and self.x.dtype == torch.bfloat16 and _is_bf16(limit),
                 "interleaved": self.interleaved,
             }
         return fields
+
+
+def _is_bf16(x: float) -> bool:
+    return torch.tensor(x, dtype=torch.bfloat16).item() == x
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,10 @@ def squares(form: Form, words: list[Uint32], total: Float32) -> Float32:
 
 
 def reciprocal_root(total: Float32, count: Int32, eps: Float32) -> Float32:
-    """1 / sqrt(mean + eps) of a sum of squares; NaN where the mean overflows."""
-    mean = ptx.div(total, Float32(count))
-    mean = select("lt.f32", mean, math.inf, mean, math.nan)
-    return ptx.rcp(ptx.sqrt(ptx.add(mean, eps)))
+    """1 / sqrt(mean + eps) of a sum of squares, to 2^-22; NaN where the sum overflows."""
+    mean = mul(total, ptx.rcp_fast(Float32(count)))
+    mean = select("lt.f32", total, math.inf, mean, math.nan)
+    return ptx.rsqrt_fast(ptx.add(mean, eps))
 
 
 def finished(
@@ -115,11 +115,26 @@ def _swiglu(form: Form, words: list[Uint32], limit: Float32) -> list[Uint32]:
     run = len(words) // 4 if form.interleaved else len(words) // 2
     gate, up = [], []
     for i in range(0, len(words), 2 * run):
-        gate += singles(words[i : i + run], form.element)
-        up += singles(words[i + run : i + 2 * run], form.element)
-    made = rounded([_swiglu_value(form, g, u, limit) for g, u in zip(gate, up, strict=True)])
+        gate += words[i : i + run]
+        up += words[i + run : i + 2 * run]
+    value = _swiglu_value
+    if form.tame:
+        top = ptx.permute(bits(limit), bits(limit), 0x3232)
+        bottom = either(top, 0x80008000)
+        gate = [ptx.min_bf16x2(word, top) for word in gate]
+        up = [ptx.min_bf16x2(ptx.max_bf16x2(word, bottom), top) for word in up]
+        value = _tame_value
+    pairs = zip(singles(gate, form.element), singles(up, form.element), strict=True)
+    made = rounded([value(form, g, u, limit) for g, u in pairs])
     made[0] = either(made[0], _nan_if_not_finite(form, words))
     return made
+
+
+def _tame_value(form: Form, gate: Float32, up: Float32, limit: Float32) -> Float32:
+    """In fp32, of a clamped gate: 2^64 sigmoid(gate) is a number wherever the product does not vanish."""
+    exponential = ptx.exp2_fast(fma(gate, -math.log2(math.e), -64.0))
+    sigmoid = ptx.rcp_fast(ptx.add(exponential, 2.0**-64))
+    return mul(mul(mul(gate, sigmoid), up), 2.0**-64)
 
 
 def _swiglu_value(form: Form, gate: Float32, up: Float32, limit: Float32) -> Float32:

@@ -30,9 +30,9 @@ def test_worked_examples():
     assert (row.team, row.blocks, row.teams) == (128, 4, 2)
     assert plan.grid("plain", row, 8192, 0, SMS) == 4096
     norm = plan.row_teams("rmsnorm", 8192, 7168 // 16, SMS)
-    assert (norm.team, norm.blocks, norm.teams) == (224, 2, 1)
-    # A norm keeps its weight: 9 CTAs of 224 threads an SM.
-    assert plan.grid("rmsnorm", norm, 8192, 0, SMS) == 9 * SMS
+    assert norm == row
+    mixed = plan.row_teams("mhc", 8192, 7168 // 16, SMS)
+    assert (mixed.team, mixed.blocks, mixed.teams) == (224, 2, 1)
     few = plan.row_teams("plain", 16, 7168 // 16, SMS)
     assert (few.team, few.blocks, few.teams) == (448, 1, 1)
     # 112 chunks of 4 columns in 32 lanes of 16 bytes: 3584, on 448 threads each.
