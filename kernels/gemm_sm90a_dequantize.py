@@ -24,38 +24,35 @@ class Place:
     """What of a stage this thread reads.
 
     Attributes:
-        codes: words of the row of weights with its group's number; another one is 8 rows behind it.
-        swizzle: by which chunks of 16 bytes of codes are exchanged in that row.
-        scales: words of four block scales of that row.
+        codes: addresses of the first stage's chunks of 16 bytes in the row of weights with this thread's
+            number in its warpgroup's MMA; another one is 8 rows behind it.
+        scales: address of four block scales of that row.
         selector: of the byte with this thread's two codes of 8, for `prmt`.
         pair_selector: of this thread's block scale in both rows, each followed by copies of its sign.
     """
 
-    codes: cute.Pointer
-    swizzle: Int32
-    scales: cute.Pointer
+    codes: list
+    scales: Int32
     selector: Uint32
     pair_selector: Uint32
 
 
-def place(form: Form, codes: cute.Pointer, scales: cute.Pointer, half: Int32) -> Place:
+def place(form: Form, codes: Int32, scales: Int32, half: Int32) -> Place:
     """Of this thread.
 
     Args:
-        codes, scales: words of the first stage.
+        codes, scales: addresses in shared memory.
         half: 1 where a tile of 64 rows is the second half of a chunk of block scales.
     """
     thread, _, _ = cute.arch.thread_idx()
     lane = thread % 32
     row, quad = thread // 32 * 16 + lane // 4, lane % 4
-    words = form.code_bytes // 4
     # 128, 64 or 32 bytes of a row are swizzled over as many rows as TMA moves to other banks.
     swizzle = row % 8 * form.code_bytes // 128
+    chunks = [codes + row * form.code_bytes + (i ^ swizzle) * 16 for i in range(form.code_bytes // 16)]
     in_chunk = row + 64 * half
-    scale = in_chunk % 32 * 4 + in_chunk // 32
-    return Place(
-        codes + row * words, swizzle, scales + scale, Uint32(quad + 0x4440), Uint32(quad * 0x1111 + 0xC480)
-    )
+    scale = in_chunk % 32 * 16 + in_chunk // 32 * 4
+    return Place(chunks, scales + scale, Uint32(quad + 0x4440), Uint32(quad * 0x1111 + 0xC480))
 
 
 @cute.jit
@@ -69,13 +66,12 @@ def fill(
         r_a: (16,) words; of each MMA rows g and g + 8, first of 8 of K, then of 8 more.
     """
     scales = _block_scales(form, at, stage, part)
-    first = at.codes + stage * (form.features * form.code_bytes // 4)
     r_codes = cute.make_rmem_tensor((4, 2, 2), Uint32)
     for chunk in cutlass.range_constexpr(2):
-        offset = ((part * 2 + chunk) ^ at.swizzle) * 4
+        first = at.codes[part * 2 + chunk] + stage * (form.features * form.code_bytes)
         for row in cutlass.range_constexpr(2):
-            source = (first + offset + row * 8 * (form.code_bytes // 4)).align(16)
-            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), r_codes[None, row, chunk])
+            source = _words(first, 4, row * 8 * form.code_bytes)
+            cute.autovec_copy(source, r_codes[None, row, chunk])
     for step in cutlass.range_constexpr(_STEPS):
         for word in cutlass.range_constexpr(2):
             for row in cutlass.range_constexpr(2):
@@ -88,8 +84,8 @@ def _block_scales(form: Form, at: Place, stage: Int32, part: int) -> list[Uint32
 
     A thread of a quad converts those of one MMA and gets the others from its neighbours.
     """
-    first = at.scales + (stage * form.slices + part) * (CHUNK_BYTES // 4)
-    words = [_marked(_word(first)), _marked(_word(first + 8 * 4))]
+    first = at.scales + stage * (form.slices * CHUNK_BYTES)
+    words = [_marked(_words(first, 1, part * CHUNK_BYTES + row * 8 * 16)[0].to(Uint32)) for row in range(2)]
     pair = ptx.assembly("prmt.b32 $0, $1, $2, $3;", "r", *words, at.pair_selector)
     text = (
         "{.reg .b32 t, f; shl.b32 t, $1, 4; and.b32 t, t, 0xFFF0FFF0; "
@@ -100,8 +96,10 @@ def _block_scales(form: Form, at: Place, stage: Int32, part: int) -> list[Uint32
     return [cute.arch.shuffle_sync(mine, lane // 4 * 4 + i) for i in range(_STEPS)]
 
 
-def _word(pointer: cute.Pointer) -> Uint32:
-    return cute.make_tensor(pointer, cute.make_layout(1))[0].to(Uint32)
+def _words(address: Int32, count: int, offset: int) -> cute.Tensor:
+    """Words in shared memory, at a multiple of their size."""
+    first = cute.make_ptr(Uint32, address, cute.AddressSpace.smem, assumed_align=4 * count)
+    return cute.make_tensor(first + offset // 4, cute.make_layout(count))
 
 
 def _marked(word: Uint32) -> Uint32:

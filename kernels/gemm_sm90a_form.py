@@ -69,9 +69,14 @@ class Form:
         return self.depth // SLICE
 
     @property
+    def moves_registers(self) -> bool:
+        """Whether sums need more registers than an even share of an SM's is."""
+        return self.rows > 160
+
+    @property
     def threads(self) -> int:
-        """Those that multiply, and a warp that loads."""
-        return 128 * self.warpgroups + 32
+        """Those that multiply, and a warp that loads; registers are moved between warpgroups only."""
+        return 128 * self.warpgroups + (128 if self.moves_registers else 32)
 
     @property
     def code_bytes(self) -> int:

@@ -15,7 +15,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from dsv4lab.kernels.gemm_sm90a_dequantize import Place, fill
 from dsv4lab.kernels.gemm_sm90a_form import CHUNK_BYTES, GROUP_FEATURES, SCALE_ROWS, SLICE, Form
-from dsv4lab.kernels.gemm_tiles import Tile, Work, begin, find
+from dsv4lab.kernels.gemm_tiles import Tile
 
 CODES, TOKEN, SUM = cutlass.Uint8, cutlass.BFloat16, cutlass.Float32
 _WORDS = CHUNK_BYTES // 4
@@ -129,15 +129,15 @@ def share(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
 @cute.jit
 def load_tile(
     form: cutlass.Constexpr[Form], given: Operands, ring: Ring, tile: Tile, feature_tile: Int32,
-    columns: Int32, begins: Int32, ends: Int32, rank: Int32, count: Int32,
-) -> Int32:  # fmt: skip
+    columns: Int32, begins: Int32, ends: Int32, rank: Int32, stage: Int32, phase: Int32,
+):  # fmt: skip
     """Bring the operands of a tile, stage after stage.
 
     Args:
         feature_tile: number of the CTA's tile of weights.
         columns: chunks of block scales of a group.
         begins, ends: stages along K.
-        count: of stages that were loaded before; gives that of all.
+        stage, phase: of the ring, where the first ones go; gives those that are next.
     """
     m_tokens, m_codes, m_scales = given.tensors
     both = cute.make_layout(2 if cutlass.const_expr(form.pair) else 1)
@@ -151,7 +151,6 @@ def load_tile(
     s_codes, g_codes = _partition(given.loads[1], 0, cute.make_layout(1), ring.s_codes, g_codes, 2)
     s_scales, g_scales = _partition(given.loads[2], 0, cute.make_layout(1), ring.s_scales, g_scales, 3)
     for i in cutlass.range(begins, ends, unroll=1):
-        stage, phase = count % form.stages, count // form.stages % 2
         full = ring.full + stage
         # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
         wait(form, ring.free + stage, phase ^ 1)
@@ -164,8 +163,17 @@ def load_tile(
                 given.loads[0], g_tokens[None, i * form.slices + j], s_tokens[None, stage * form.slices + j],
                 tma_bar_ptr=full, mcast_mask=mask,
             )  # fmt: skip
-        count += 1
-    return count
+        stage, phase = _next(form, stage, phase)
+    return stage, phase
+
+
+@cute.jit
+def _next(form: cutlass.Constexpr[Form], stage: Int32, phase: Int32):
+    stage += 1
+    if stage == form.stages:
+        stage = Int32(0)
+        phase ^= 1
+    return stage, phase
 
 
 def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
@@ -178,18 +186,18 @@ def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, mo
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
-    steps: Int32, count: Int32,
-) -> Int32:  # fmt: skip
+    steps: Int32, stage: Int32, phase: Int32,
+):  # fmt: skip
     """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
 
     Args:
         steps: stages.
-        count: of stages that were multiplied before; gives that of all.
+        stage, phase: of the ring, where the first one is; gives those that are next.
     """
     r_tokens = mma.make_fragment_B(mma.get_slice(0).partition_B(ring.s_tokens))
     mma.set(warpgroup.Field.ACCUMULATE, False)
+    before = stage
     for i in cutlass.range(steps, unroll=1):
-        stage, phase = count % form.stages, count // form.stages % 2
         wait(form, ring.full + stage, phase)
         for part in cutlass.range_constexpr(form.slices):
             r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
@@ -202,20 +210,20 @@ def multiply_tile(
             warpgroup.commit_group()
             # MMAs before these are done, so that their stage may be filled again.
             warpgroup.wait_group(1)
-            if cutlass.const_expr(part == 0):
-                if i > 0:
-                    release(form, ring, count - 1)
-        count += 1
+            if cutlass.const_expr(part == 0) and i > 0:
+                release(form, ring, before)
+        before = stage
+        stage, phase = _next(form, stage, phase)
     warpgroup.wait_group(0)
     if steps > 0:
-        release(form, ring, count - 1)
-    return count
+        release(form, ring, before)
+    return stage, phase
 
 
 @cute.jit
-def release(form: cutlass.Constexpr[Form], ring: Ring, count: Int32):
+def release(form: cutlass.Constexpr[Form], ring: Ring, stage: Int32):
     """This warp has read a stage."""
-    free = ring.free + count % form.stages
+    free = ring.free + stage
     lane = cute.arch.lane_idx()
     if cutlass.const_expr(form.pair):
         # Half of the tokens came from the other CTA, which must not send more of them too early.

@@ -12,7 +12,7 @@ registers.
 # No annotations from __future__: the DSL reads them as types.
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import Float32, Int32, Uint32, cute, memory
+from cutlass import Float32, Int32, cute, memory
 from dsv4lab.kernels.gemm_epilogue import Factors
 from dsv4lab.kernels.gemm_sm90a_dequantize import place
 from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, load_factors, store_tile, stored
@@ -54,7 +54,8 @@ def _kernel(
     s_scales = smem.allocate_tensor(Int32, s_scales, 128)
     s_out = smem.allocate_tensor(OUT, out.layout.outer, 1024, swizzle=out.layout.inner)
     ring = Ring(s_tokens, s_codes, s_scales, barriers, barriers + form.stages)
-    s_parts = cute.make_tensor(_plain(s_tokens, SUM), parts_layout(form))
+    parts = cute.make_ptr(SUM, s_tokens.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
+    s_parts = cute.make_tensor(parts, parts_layout(form))
 
     if warp == 0:
         with cute.arch.elect_one():
@@ -68,12 +69,18 @@ def _kernel(
 
     begins, ends = share(form, rank, k)
     tile, seen = find(work, form, begin(work, form), first)
-    number, count = first, Int32(0)
-    if warp == 4 * form.warpgroups:
+    number, stage, phase = first, Int32(0), Int32(0)
+    if warp >= 4 * form.warpgroups:
+        if cutlass.const_expr(form.moves_registers):
+            cute.arch.setmaxregister_decrease(24)
+        loads = warp == 4 * form.warpgroups
         while tile.here:
             feature_tile = _feature_tile(form, tile, rank)
             columns = cute.ceil_div(n, SCALE_ROWS)
-            count = load_tile(form, given, ring, tile, feature_tile, columns, begins, ends, rank, count)
+            if loads:
+                stage, phase = load_tile(
+                    form, given, ring, tile, feature_tile, columns, begins, ends, rank, stage, phase
+                )
             number += step
             tile, seen = find(work, form, seen, number)
             if cutlass.const_expr(form.split > 1):
@@ -82,14 +89,16 @@ def _kernel(
                 if tile.here:
                     meet()
     else:
+        if cutlass.const_expr(form.moves_registers):
+            cute.arch.setmaxregister_increase(240)
         while tile.here:
             feature_tile = _feature_tile(form, tile, rank)
             token = rank * form.stored if cutlass.const_expr(form.split > 1) else Int32(0)
             load_factors(form, factors, tile, token, s_factors)
             half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
-            at = place(form, _plain(s_codes, Uint32), _plain(s_scales, Uint32), half)
+            at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
-            count = multiply_tile(form, mma, ring, at, r_sums, ends - begins, count)
+            stage, phase = multiply_tile(form, mma, ring, at, r_sums, ends - begins, stage, phase)
             number += step
             following, seen = find(work, form, seen, number)
             if cutlass.const_expr(form.split > 1):
@@ -119,12 +128,6 @@ _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled
 def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
     """Number of this CTA's tile of weights."""
     return tile.column * 2 + rank if form.pair else tile.column
-
-
-def _plain(tensor: cute.Tensor, element) -> cute.Pointer:
-    """Where a tensor begins, without its swizzle."""
-    address = tensor.iterator.toint()
-    return cute.make_ptr(element, address, cute.AddressSpace.smem, assumed_align=128)
 
 
 def make(form: Form):
