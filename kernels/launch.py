@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,6 +61,7 @@ Argument = torch.Tensor | As | Long | int | float | None
 Factory = Callable[..., Callable[..., Any]]
 
 _on_gpu: dict[tuple, Callable[..., Any]] = {}
+_noted: ContextVar[dict | None] = ContextVar("dsv4lab_noted", default=None)
 _emulated: WeakKeyDictionary[Device, dict[tuple, Callable[..., Any]]] = WeakKeyDictionary()
 
 
@@ -96,6 +99,9 @@ def launch(make: Factory, config: tuple, arguments: Sequence[Argument]) -> None:
     tensors = [a.tensor if isinstance(a, As) else a for a in arguments if isinstance(a, As | torch.Tensor)]
     device = _device_of(tensors)
     values = [_value(argument) for argument in arguments]
+    if (noted := _noted.get()) is not None:
+        noted[make, config] = tuple(_kind(argument) for argument in arguments)
+        return
     emulated = current_device() if device.type == "cpu" else None
     if emulated is None:
         stream = cuda.CUstream(torch.cuda.current_stream(device).cuda_stream)
@@ -166,6 +172,41 @@ def _compiled(known: dict, make: Factory, config: tuple, arch: str, values: list
             _from_disk(make, config, arch, values) if on_disk else _compile(make, config, values)
         )
     return found
+
+
+@contextmanager
+def noting() -> Iterator[dict[tuple[Factory, tuple], tuple[str, ...]]]:
+    """Note which kernels are launched, with arguments of what kinds, in place of launching them.
+
+    Yields:
+        What `compile_to_disk` takes, by factory and configuration.
+    """
+    token = _noted.set({})
+    try:
+        yield _noted.get()
+    finally:
+        _noted.reset(token)
+
+
+def compile_to_disk(make: Factory, config: tuple, kinds: tuple[str, ...], device: torch.device) -> None:
+    """Compile a kernel for the GPU and keep it on disk, where any process finds it."""
+    numbers = {"int": 0, "float": 0.0, "Long": Long(0), "None": None}
+    values = [
+        _value(numbers[kind])
+        if kind in numbers
+        else make_ptr(getattr(cutlass, kind), 0, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)
+        for kind in kinds
+    ]
+    _from_disk(make, config, target(device), [*values, cuda.CUstream(0)])
+
+
+def _kind(argument: Argument) -> str:
+    """The name of an element type that a pointer is to, or of a number's type."""
+    if isinstance(argument, As):
+        return argument.element.__name__
+    if isinstance(argument, torch.Tensor):
+        return ELEMENTS[argument.dtype].__name__
+    return "None" if argument is None else type(argument).__name__
 
 
 def _compile(make: Factory, config: tuple, values: list[Any]) -> Callable[..., Any]:
