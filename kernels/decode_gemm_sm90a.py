@@ -62,10 +62,10 @@ def _kernel(
     if warp == form.warps:
         cpasync.prefetch_descriptor(weights.load_codes)
         cpasync.prefetch_descriptor(weights.load_scales)
+        for i in cutlass.range(cute.arch.lane_idx(), form.stages, 32, unroll=1):
+            cute.arch.mbarrier_init(full + i, 1)
+            cute.arch.mbarrier_init(empty + i, 1)
         with cute.arch.elect_one():
-            for i in cutlass.range_constexpr(form.stages):
-                cute.arch.mbarrier_init(full + i, 1)
-                cute.arch.mbarrier_init(empty + i, 1)
             cute.arch.mbarrier_init(filled, form.warps * form.split)
             cute.arch.mbarrier_init(taken, form.warps * form.split)
         cute.arch.mbarrier_init_fence()

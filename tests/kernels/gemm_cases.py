@@ -33,8 +33,10 @@ def nvfp4(shape, seed=0, g=None, granularity=None, interleaved=False, exact=Fals
     return NVFP4Tensor(codes, scales.view(E4M3), g, "linear", granularity, interleaved)
 
 
-def values(t: NVFP4Tensor) -> Tensor:
-    """code * block scale in float64, by NumPy and ml_dtypes alone."""
+def values(t: NVFP4Tensor | Tensor) -> Tensor:
+    """bf16 values, or code * block scale by NumPy and ml_dtypes alone, in float64."""
+    if isinstance(t, Tensor):
+        return t.double()
     raw = t.codes.numpy()
     nibbles = np.stack((raw & 15, raw >> 4), -1).reshape(*raw.shape[:-1], -1).astype(np.uint8)
     codes = nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
@@ -93,16 +95,18 @@ class Exact:
     error: Tensor
 
 
-def product(a: NVFP4Tensor, b: NVFP4Tensor, where: Groups, ulps: float = 1.0) -> Exact:
+def product(
+    a: NVFP4Tensor | Tensor, b: NVFP4Tensor, where: Groups, ulps: float = 1.0, depth: int = 64
+) -> Exact:
     """g_a g_b sum(a b), and how far tensor cores may be from it.
 
-    Each step of K = 64 rounds the sum so far, by `ulps` of fp32 (1/2 to nearest, 1 toward zero); it is at
-    most the sum of all magnitudes. Global scales are multiplied with each other and with the sum; both
+    Each step of K = `depth` rounds the sum so far, by `ulps` of fp32 (1/2 to nearest, 1 toward zero); it is
+    at most the sum of all magnitudes. Global scales are multiplied with each other and with the sum; both
     products are rounded to nearest.
     """
-    x, w = values(a), values(b).view(-1, b.shape[-2], a.K)
-    n, steps = w.shape[1], -(-a.K // 64)
-    sums, error = (torch.zeros(a.rows, n, dtype=torch.float64) for _ in range(2))
+    x, w = values(a), values(b).view(-1, b.shape[-2], a.shape[-1])
+    n, steps = w.shape[1], -(-a.shape[-1] // depth)
+    sums, error = (torch.zeros(len(x), n, dtype=torch.float64) for _ in range(2))
     for group, start, stop in where.spans:
         rows = slice(start, stop)
         g = row_scale(a, group, rows) * column_scale(b, group, n)
@@ -112,8 +116,10 @@ def product(a: NVFP4Tensor, b: NVFP4Tensor, where: Groups, ulps: float = 1.0) ->
     return Exact(sums, error)
 
 
-def row_scale(a: NVFP4Tensor, group: int, rows: slice) -> Tensor:
-    """g_a, (rows or 1, 1)."""
+def row_scale(a: NVFP4Tensor | Tensor, group: int, rows: slice) -> Tensor:
+    """g_a, (rows or 1, 1); of bf16 values 1."""
+    if isinstance(a, Tensor):
+        return torch.ones(1, 1, dtype=torch.float64)
     g = a.global_scale.double()
     if a.granularity == "tensor":
         return g.view(1, 1)
