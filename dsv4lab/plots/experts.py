@@ -265,7 +265,7 @@ def expert_bytes(models: dict[str, ModelConfig], most: int = 65536, device: str 
     picture, (size, work) = new(
         "Left: weights of the routed experts that a step reads in all layers; dashed, all there are. Right: "
         f"flops for each byte, activations counted too; above the line, {ridge:,.0f}, tensor cores would "
-        f"bound a {device}, below it memory. Counted from the shapes for equally likely experts. Rates: "
+        f"bound an {device}, below it memory. Counted from the shapes for equally likely experts. Rates: "
         f"{rates.source}.",
         columns=2,
         size=(8.4, 3.7),
@@ -316,6 +316,6 @@ def decode_costs(models: dict[str, ModelConfig], tokens: Sequence[int], device: 
             "tokens / s, most",
         ],
         rows,
-        f"Routed experts of all layers alone, equally likely, on one {device} that had room for them. Counted "
-        f"from the shapes; rates: {rates.source}.",
+        f"Routed experts of all layers alone, equally likely, on one {device} that had room for them. "
+        f"Counted from the shapes; rates: {rates.source}.",
     )
