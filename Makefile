@@ -1,4 +1,4 @@
-# make demo | test | lab | bench | lint: each sets up .venv first if it is not there, and a second call installs nothing.
+# make demo | test | test-browser | lab | bench | lint: each sets up .venv first if it is not there, and a second call installs nothing.
 # PYTHON= names the interpreter, TORCH_INDEX= the index torch comes from, JOBS= the number of test processes.
 
 VENV := .venv
@@ -16,11 +16,12 @@ BENCH ?=
 PROMPT ?= class Reader:
 DEMO_BYTES ?= 2000
 
-.PHONY: help demo test lab bench lint setup
+.PHONY: help demo test test-browser lab bench lint setup
 
 help:
 	@echo "make demo   quantize the shipped model, decode text, compare bf16 with NVFP4"
 	@echo "make test   all tests and notebooks (TESTS=tests/test_cli.py for some of them)"
+	@echo "make test-browser  every notebook in JupyterLab in Chromium, pictures in build/browser"
 	@echo "make lab    JupyterLab on the notebooks"
 	@echo "make bench  time the operations, each checked first (BENCH='--shapes flash:1' for other shapes)"
 	@echo "make lint   ruff check and format check"
@@ -39,6 +40,12 @@ demo: $(READY)
 # Not `python -m pytest`, which puts this folder on the path, and its kernels/ in the place of other packages'.
 test: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(JOBS) $(TESTS)
+
+# Apart from `test`: it needs a browser, Playwright, and some minutes. TESTS="-k 01_" takes one notebook.
+test-browser: $(READY)
+	@.ci/chromium
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 -m browser -rs tests/test_browser.py $(TESTS)
 
 lab: $(READY)
 	$(BIN)/python -m dsv4lab lab

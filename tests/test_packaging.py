@@ -62,8 +62,9 @@ def test_kernels_are_imported_as_part_of_the_package_alone(tmp_path):
     assert Path(ours).parent == ROOT / "kernels" and not other.startswith(str(ROOT / "kernels"))
 
 
-def requirements() -> dict[str, SpecifierSet]:
-    listed = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]
+def requirements(*extras: str) -> dict[str, SpecifierSet]:
+    optional = PROJECT["project"]["optional-dependencies"]
+    listed = [*PROJECT["project"]["dependencies"], *(r for e in ("test", *extras) for r in optional[e])]
     return {canonicalize_name(r.name): r.specifier for r in map(Requirement, listed)}
 
 
@@ -88,7 +89,7 @@ def test_conda_environment_asks_for_what_pyproject_asks_for():
 
 
 def test_ranges_are_bounded_and_the_compiler_is_pinned():
-    for name, specifier in requirements().items():
+    for name, specifier in requirements("browser").items():
         operators = {s.operator for s in specifier}
         assert operators == {"=="} if name == "nvidia-cutlass-dsl" else operators == {">=", "<"}, name
     assert requirements()["torch"] == SpecifierSet(">=2.11,<2.14")
@@ -100,7 +101,7 @@ def test_constraints_lie_within_the_ranges():
         if line and not line.startswith("#"):
             name, version = line.split("==")
             pinned[canonicalize_name(name)] = version
-    for name, specifier in requirements().items():
+    for name, specifier in requirements("browser").items():
         if name not in PINNED_IN_CONDA:
             assert specifier.contains(pinned[name]), name
     assert [name for name in pinned if re.match("torch$|nvidia-|cuda-", name)] == [DISASSEMBLER]
