@@ -29,6 +29,7 @@ class Decode:
     tokens: int
     split: int
     warps: int
+    early: bool = False
 
 
 CHOICES = tuple(

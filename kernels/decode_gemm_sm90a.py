@@ -73,11 +73,19 @@ def _kernel(
     if cutlass.const_expr(form.split > 1):
         # Others may arrive here from now on.
         cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
 
     if warp == form.warps:
+        if cutlass.const_expr(form.early and form.grouped):
+            cute.arch.griddepcontrol_wait()
         load_tiles(form, work, first, step, rank, weights, ring, out.n, k)
+        if cutlass.const_expr(form.split > 1):
+            cute.arch.cluster_wait()
     else:
+        if cutlass.const_expr(form.early):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(form.split > 1):
+            cute.arch.cluster_wait()
         if cutlass.const_expr(form.output == "nvfp4"):
             columns = out.n // 2 // BLOCK
             clear_pads(form, work, out.scales, columns, block * form.warps + warp, blocks * form.warps)
@@ -130,7 +138,7 @@ def make(form: Form):
         )  # fmt: skip
         _kernel(form, weights, tokens, work, factors, out, k).launch(
             grid=(clusters * form.split, 1, 1), block=(form.threads, 1, 1), cluster=(form.split, 1, 1),
-            stream=stream,
+            stream=stream, use_pdl=form.early,
         )  # fmt: skip
 
     return gemm
@@ -145,6 +153,7 @@ def run(product, output, choice: Decode) -> None:
     form = Form(
         choice.mmas, choice.tokens, choice.split, choice.warps, product.offsets is not None,
         product.activations, output.kind, product.column_scale, output.limit is not None, output.swizzled,
+        choice.early,
     )  # fmt: skip
     clusters = min(
         most_clusters(choice, sm_count(product.a.device)), most_tiles(choice, product.rows, product.n)
