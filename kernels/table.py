@@ -20,6 +20,9 @@ from dsv4lab.device import ARCHITECTURES
 from dsv4lab.emulator import Launch, device
 from dsv4lab.ops import unavailable_reason
 
+KEPT = Path(__file__).resolve().parents[1] / "data" / "kernels.csv"
+"""The table that comes with the repository."""
+
 # Of which a table says how often they occur: block-scaled MMAs, copies to tensor memory, loads by TMA, loads
 # from tensor memory, conversions to E2M1.
 COUNTED = {

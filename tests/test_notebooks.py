@@ -125,6 +125,11 @@ def test_links_between_notebooks_exist(notebook):
         assert (FOLDER / target).exists(), f"broken link: {target}"
 
 
+def test_a_copy_elsewhere_finds_what_it_reads(notebook):
+    for cell in code_cells(notebook):
+        assert not re.search(r"""["'](\.\./|data/|notebooks/)""", cell.source), cell.source[:60]
+
+
 def test_the_map_names_every_notebook():
     text = (FOLDER / "README.md").read_text()
     for path in NOTEBOOKS:
