@@ -47,7 +47,7 @@ def scale_columns(form: Form, columns: Int32) -> Int32:
 @cute.jit
 def quantize_slice(
     form: cutlass.Constexpr[Form], out: Quantized, row_scale: block.RowScale, r_out: cute.Tensor, rows: Int32,
-    tile: Tile, row: Int32, column: Int32,
+    tile: Tile, row: Int32, column: Int32, has_e2m1: cutlass.Constexpr[bool] = True,
 ):  # fmt: skip
     """Write two blocks of a row.
 
@@ -57,6 +57,7 @@ def quantize_slice(
         rows: of the output.
         row: of the tile.
         column: of the first block, even.
+        has_e2m1: whether the architecture converts to E2M1.
     """
     r_words = cute.recast_tensor(r_out, Uint32)
     r_codes = cute.make_rmem_tensor(4, Uint32)
@@ -64,7 +65,7 @@ def quantize_slice(
     for i in cutlass.range_constexpr(2):
         words = [r_words[i * _WORDS + j] for j in range(_WORDS)]
         scale, step = block.block_scale(block.amax(words), row_scale)
-        r_codes[2 * i], r_codes[2 * i + 1] = block.encode(words, step, True)
+        r_codes[2 * i], r_codes[2 * i + 1] = block.encode(words, step, has_e2m1)
         scales[i] = scale if real and column + i < out.columns else Uint32(0)
     at = Int64(tile.row + row)
     if real:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
+from dsv4lab.kernels import quantize_block as block
 from dsv4lab.kernels import quantize_ptx as ptx
 from dsv4lab.kernels.gemm_epilogue import Factors, swiglu
+from dsv4lab.kernels.gemm_quantize import Quantized, quantize_slice
 from dsv4lab.kernels.gemm_sm90a_dequantize import FACTOR
 from dsv4lab.kernels.gemm_sm90a_exchange import VECTOR
 from dsv4lab.kernels.gemm_sm90a_form import STORES, Form
@@ -101,8 +103,8 @@ def weight_factors(form: cutlass.Constexpr[Form], factors: Factors, tile: Tile, 
 
 @cute.jit
 def store_tile(
-    form: cutlass.Constexpr[Form], factors: Factors, out: Stored, tile: Tile, feature_tile: Int32,
-    first: Int32, r_sums: cute.Tensor, s_factors: cute.Tensor, s_out: cute.Tensor, n: Int32,
+    form: cutlass.Constexpr[Form], factors: Factors, out: Stored | Quantized, tile: Tile, feature_tile: Int32,
+    first: Int32, r_sums: cute.Tensor, s_factors: cute.Tensor, s_out: cute.Tensor, rows: Int32, n: Int32,
 ):  # fmt: skip
     """Store a warpgroup's part of a tile.
 
@@ -110,7 +112,8 @@ def store_tile(
         feature_tile: number of the CTA's tile of weights.
         first: token of the tile that is stored first.
         r_sums: (4 stored / 8,).
-        s_out: buffers of `out.layout`.
+        s_out: buffers of `buffers_layout`.
+        rows: of the output.
         n: rows of the weights.
     """
     thread, _, _ = cute.arch.thread_idx()
@@ -120,31 +123,68 @@ def store_tile(
     feature = (feature_tile * form.warpgroups + group) * 64 + warp * 16 + lane // 4
     scales = weight_factors(form, factors, tile, feature, n)
     blocks = cutlass.const_expr(form.store_rows // 8)
+    column = feature_tile * form.warpgroups + group
+    nbytes = cutlass.const_expr(form.store_rows * form.store_columns * 2)
     for part in cutlass.range_constexpr(form.stored // form.store_rows):
         begin = first + part * form.store_rows
         if begin < tile.left:
             buffer = group * STORES + part % STORES
             words = _finish(form, factors, r_sums, s_factors, scales, part * blocks, lane)
-            if warp == 0:
+            if cutlass.const_expr(form.output != "nvfp4") and warp == 0:
                 with cute.arch.elect_one():
                     # The tile before may have stored fewer parts than there are buffers.
                     cute.arch.cp_async_bulk_wait_group(STORES - 1 if part else 0, read=True)
             _sync(group)
-            nbytes = cutlass.const_expr(form.store_rows * form.store_columns * 2)
-            _transpose(form, words, s_out.iterator.toint() + buffer * nbytes, warp, lane)
-            cute.arch.fence_view_async_shared()
-            _sync(group)
-            if warp == 0:
-                box = (form.store_rows, form.store_columns)
-                m_out = cute.domain_offset((tile.row + begin, 0), out.out)
-                g_out = cute.local_tile(m_out, box, (0, feature_tile * form.warpgroups + group))
-                s_box, g_box = cpasync.tma_partition(
-                    out.copy, 0, cute.make_layout(1), cute.group_modes(s_out, 0, 2),
-                    cute.group_modes(g_out, 0, 2),
-                )  # fmt: skip
-                cute.copy(out.copy, s_box[None, buffer], g_box)
-                with cute.arch.elect_one():
-                    cute.arch.cp_async_bulk_commit_group()
+            place = s_out.iterator.toint() + buffer * nbytes
+            _transpose(form, words, place, warp, lane)
+            if cutlass.const_expr(form.output == "nvfp4"):
+                _sync(group)
+                _quantize(form, out, rows, tile, place, begin, thread % 128, 2 * column)
+            else:
+                cute.arch.fence_view_async_shared()
+                _sync(group)
+                if warp == 0:
+                    _store(form, out, s_out, buffer, tile.row + begin, column)
+
+
+@cute.jit
+def _store(
+    form: cutlass.Constexpr[Form], out: Stored, s_out: cute.Tensor, buffer: Int32, row: Int32, column: Int32
+):
+    """Have TMA store a buffer; a warp comes here."""
+    g_out = cute.local_tile(
+        cute.domain_offset((row, 0), out.out), (form.store_rows, form.store_columns), (0, column)
+    )
+    s_box, g_box = cpasync.tma_partition(
+        out.copy, 0, cute.make_layout(1), cute.group_modes(s_out, 0, 2), cute.group_modes(g_out, 0, 2)
+    )
+    cute.copy(out.copy, s_box[None, buffer], g_box)
+    with cute.arch.elect_one():
+        cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
+def _quantize(
+    form: cutlass.Constexpr[Form], out: Quantized, rows: Int32, tile: Tile, place: Int32, begin: Int32,
+    token: Int32, column: Int32,
+):  # fmt: skip
+    """Write a token's 32 activations as codes and block scales.
+
+    Args:
+        place: address of the buffer.
+        begin: first token of the buffer.
+        token: of it, this thread's.
+        column: of the first of the two blocks.
+    """
+    if token < form.store_rows and begin + token < tile.left:
+        r_words = cute.make_rmem_tensor((4, 4), Uint32)
+        for chunk in cutlass.range_constexpr(4):
+            address = _swizzled(form, place, token, Int32(chunk))
+            source = cute.make_ptr(Uint32, address, cute.AddressSpace.smem, assumed_align=16)
+            cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), r_words[None, chunk])
+        row_scale = block.row_scale(block.checked_scale(out.g[0]))
+        r_out = cute.recast_tensor(cute.make_tensor(r_words.iterator, cute.make_layout(16)), OUT)
+        quantize_slice(form, out, row_scale, r_out, rows, tile, begin + token, column, False)
 
 
 @cute.jit
@@ -167,11 +207,12 @@ def _finish(
     for i in range(first, first + form.store_rows // 8):
         values = [[], []]
         for token in range(2):
-            g = s_factors[8 * i + lane % 4 * 2 + token]
-            pair = [
-                ptx.mul(ptx.mul(r_sums[i * VECTOR + 2 * row + token], FACTOR), ptx.mul(g, scales[row]))
-                for row in range(2)
-            ]
+            pair = [ptx.mul(r_sums[i * VECTOR + 2 * row + token], FACTOR) for row in range(2)]
+            factors_of_rows = scales
+            if form.scaled:
+                g = s_factors[8 * i + lane % 4 * 2 + token]
+                factors_of_rows = [ptx.mul(g, scale) for scale in scales]
+            pair = [ptx.mul(x, factor) for x, factor in zip(pair, factors_of_rows, strict=True)]
             if form.output != "bf16":
                 pair = [swiglu(form, *pair, factors.limit)]
             for row, value in enumerate(pair):
@@ -185,15 +226,19 @@ def _transpose(form: cutlass.Constexpr[Form], words: list, base: Int32, warp: In
     """Write matrices of 8 tokens by 8 features, up to four at once, a token's features side by side."""
     side = cutlass.const_expr(2 if form.output == "bf16" else 1)  # matrices of the same tokens
     at_once = cutlass.const_expr(min(len(words), 4))
-    row_bytes = cutlass.const_expr(form.store_columns * 2)
     for first in cutlass.range_constexpr(0, len(words), at_once):
         matrix = first + lane // 8 % at_once
         token = matrix // side * 8 + lane % 8
         chunk = warp * side + matrix % side
-        # Chunks of a row of 128 bytes are swizzled over 8 rows, those of 64 bytes over 8 rows in pairs.
-        target = base + token * row_bytes + (chunk ^ (token % 8 * row_bytes // 128)) * 16
+        target = _swizzled(form, base, token, chunk)
         registers = ", ".join(f"{{$r{i + 1}}}" for i in range(at_once))
         cute.arch.inline_ptx(
             f"stmatrix.sync.aligned.m8n8.x{at_once}.trans.shared.b16 [{{$r0}}], {{{registers}}};",
             read_only_args=[target, *words[first : first + at_once]],
         )
+
+
+def _swizzled(form: Form, base: Int32, token: Int32, chunk: Int32) -> Int32:
+    """Address of 8 values: those of a row of 128 bytes are swizzled over 8 rows, of 64 over pairs of them."""
+    row_bytes = form.store_columns * 2
+    return base + token * row_bytes + (chunk ^ (token % 8 * row_bytes // 128)) * 16

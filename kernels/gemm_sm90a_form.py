@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 GROUP_FEATURES = 64  # rows of weights that a warpgroup multiplies: the M of its MMA
@@ -26,6 +27,7 @@ class Form:
         split: CTAs of a cluster that share the K of a tile, or 1.
         pair: whether two CTAs of a cluster, with weights of their own, share the tokens they load.
         most_stages: of the ring, or fewer where there is no shared memory for them.
+        scaled: whether activations have a global scale.
         grouped: whether offsets and sizes are given; otherwise there is one group of all rows.
         output: "bf16"; "swiglu", the activation in bf16; "nvfp4", the activation quantized.
         column_scale: the weights' global scale: "one" for a group; "interleaved", gate and up rows in runs of
@@ -41,6 +43,7 @@ class Form:
     split: int = 1
     pair: bool = False
     most_stages: int = _MOST_STAGES
+    scaled: bool = False
     grouped: bool = False
     output: str = "bf16"
     column_scale: str = "one"
@@ -101,7 +104,7 @@ class Form:
     @property
     def store_rows(self) -> int:
         """Tokens that a warpgroup stores at a time; a thread quantizes one of them."""
-        return min(self.stored, 128 if self.output == "nvfp4" else STORE_ROWS)
+        return math.gcd(self.stored, 128 if self.output == "nvfp4" else STORE_ROWS)
 
     @property
     def store_bytes(self) -> int:

@@ -83,7 +83,9 @@ def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int3
     tokens, codes, scales = pointers
     k = cute.assume(k, 32)
     nbytes = cute.assume(k // 2, 16)
-    m_tokens = cute.make_tensor(tokens, cute.make_layout((rows, k), stride=(k, 1)))
+    m_tokens = cute.make_tensor(
+        cute.recast_ptr(tokens, dtype=TOKEN), cute.make_layout((rows, k), stride=(k, 1))
+    )
     m_codes = cute.make_tensor(
         cute.recast_ptr(codes, dtype=CODES),
         cute.make_layout((n, nbytes, groups), stride=(nbytes, 1, cute.assume(Int64(n) * nbytes, 16))),

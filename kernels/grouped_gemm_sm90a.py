@@ -10,12 +10,20 @@ registers.
 """
 
 # No annotations from __future__: the DSL reads them as types.
+from dataclasses import dataclass
+from functools import cache
+
 import cutlass
+import torch
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, cute, memory
+from dsv4lab.kernels.choose import GROUP_ROWS
+from dsv4lab.kernels.decode_pads import clear_pads
+from dsv4lab.kernels.dequantize import dequantize
 from dsv4lab.kernels.gemm_epilogue import Factors
+from dsv4lab.kernels.gemm_quantize import Quantized
 from dsv4lab.kernels.gemm_sm90a_dequantize import place
-from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, load_factors, store_tile, stored
+from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, buffers_layout, load_factors, store_tile, stored
 from dsv4lab.kernels.gemm_sm90a_exchange import give, meet, parts_layout, total
 from dsv4lab.kernels.gemm_sm90a_form import SCALE_ROWS, Form
 from dsv4lab.kernels.gemm_sm90a_mainloop import (
@@ -32,12 +40,27 @@ from dsv4lab.kernels.gemm_sm90a_mainloop import (
     tiled_mma,
 )
 from dsv4lab.kernels.gemm_tiles import Work, begin, find
+from dsv4lab.kernels.launch import As, launch
+from dsv4lab.kernels.quantize_plan import sm_count
+
+from dsv4lab.formats import BLOCK
+
+
+@dataclass(frozen=True)
+class Many:
+    """The kernel for many tokens; the fields are those of Form."""
+
+    rows: int
+    warpgroups: int = 2
+    depth: int = 128
+    split: int = 1
+    pair: bool = False
 
 
 @cute.kernel
 def _kernel(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, given: Operands, work: Work, factors: Factors,
-    out: Stored, n: Int32, k: Int32,
+    out: Stored | Quantized, n: Int32, k: Int32,
 ):  # fmt: skip
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     block, _, _ = cute.arch.block_idx()
@@ -52,7 +75,8 @@ def _kernel(
     s_tokens = smem.allocate_tensor(TOKEN, s_tokens.outer, 1024, swizzle=s_tokens.inner)
     s_codes = smem.allocate_tensor(CODES, s_codes.outer, 1024, swizzle=s_codes.inner)
     s_scales = smem.allocate_tensor(Int32, s_scales, 128)
-    s_out = smem.allocate_tensor(OUT, out.layout.outer, 1024, swizzle=out.layout.inner)
+    s_out = buffers_layout(form)
+    s_out = smem.allocate_tensor(OUT, s_out.outer, 1024, swizzle=s_out.inner)
     ring = Ring(s_tokens, s_codes, s_scales, barriers, barriers + form.stages)
     parts = cute.make_ptr(SUM, s_tokens.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
     s_parts = cute.make_tensor(parts, parts_layout(form))
@@ -91,10 +115,14 @@ def _kernel(
     else:
         if cutlass.const_expr(form.moves_registers):
             cute.arch.setmaxregister_increase(240)
+        if cutlass.const_expr(form.output == "nvfp4"):
+            warps = cutlass.const_expr(4 * form.warpgroups)
+            clear_pads(form, work, out.scales, out.columns, block * warps + warp, blocks * warps)
         while tile.here:
             feature_tile = _feature_tile(form, tile, rank)
             token = rank * form.stored if cutlass.const_expr(form.split > 1) else Int32(0)
-            load_factors(form, factors, tile, token, s_factors)
+            if cutlass.const_expr(form.scaled):
+                load_factors(form, factors, tile, token, s_factors)
             half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
             at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
@@ -107,12 +135,16 @@ def _kernel(
                 give(form, s_parts, r_sums, rank)
                 meet()
                 total(form, s_parts, r_total)
-                store_tile(form, factors, out, tile, feature_tile, token, r_total, s_factors, s_out, n)
+                store_tile(
+                    form, factors, out, tile, feature_tile, token, r_total, s_factors, s_out, work.rows, n
+                )
                 if following.here:
                     cute.arch.fence_view_async_shared()
                     meet()
             else:
-                store_tile(form, factors, out, tile, feature_tile, token, r_sums, s_factors, s_out, n)
+                store_tile(
+                    form, factors, out, tile, feature_tile, token, r_sums, s_factors, s_out, work.rows, n
+                )
             tile = following
         if warp % 4 == 0:
             with cute.arch.elect_one():
@@ -131,16 +163,16 @@ def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
 
 
 def make(form: Form):
-    """The host function of a kernel."""
+    """The host function of a kernel; it takes no block scales of activations."""
 
     @cute.jit
     def gemm(
-        tokens: cute.Pointer, codes: cute.Pointer, scales: cute.Pointer, g_a: cute.Pointer, g_b: cute.Pointer,
-        offsets: cute.Pointer, sizes: cute.Pointer, out: cute.Pointer, out_scales: cute.Pointer,
-        g_out: cute.Pointer, rows: Int32, n: Int32, k: Int32, groups: Int32, a_row: Int32, a_group: Int32,
-        b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
+        a: cute.Pointer, b: cute.Pointer, sfa: cute.Pointer, sfb: cute.Pointer, g_a: cute.Pointer,
+        g_b: cute.Pointer, offsets: cute.Pointer, sizes: cute.Pointer, out: cute.Pointer,
+        out_scales: cute.Pointer, g_out: cute.Pointer, rows: Int32, n: Int32, k: Int32, groups: Int32,
+        a_row: Int32, a_group: Int32, b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
     ):  # fmt: skip
-        given = operands(form, [tokens, codes, scales], rows, n, k, groups)
+        given = operands(form, [a, b, sfb], rows, n, k, groups)
         vector = cute.make_layout(groups)
         work = Work(
             cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
@@ -149,12 +181,51 @@ def make(form: Form):
         )  # fmt: skip
         # Their steps say where which scale is; of a layout with one element every place would be the first.
         any_place = cute.make_layout(2**31 - 1)
-        g = [cute.make_tensor(pointer, any_place) for pointer in (g_a, g_b)]
+        g = [cute.make_tensor(cute.recast_ptr(x, dtype=Float32), any_place) for x in (g_a, g_b)]
         factors = Factors(*g, a_row, a_group, b_group, limit)
-        target = stored(form, out, rows, n if cutlass.const_expr(form.output == "bf16") else n // 2)
+        if cutlass.const_expr(form.output == "nvfp4"):
+            g = cute.make_tensor(cute.recast_ptr(g_out, dtype=Float32), cute.make_layout(1))
+            target = Quantized(
+                cute.recast_ptr(out, dtype=cutlass.Uint8), cute.recast_ptr(out_scales, dtype=cutlass.Uint8),
+                g, n // 2 // BLOCK,
+            )  # fmt: skip
+        else:
+            target = stored(form, out, rows, n if cutlass.const_expr(form.output == "bf16") else n // 2)
         _kernel(form, tiled_mma(form), given, work, factors, target, n, k).launch(
             grid=(clusters * form.ctas, 1, 1), block=(form.threads, 1, 1), cluster=(form.ctas, 1, 1),
             stream=stream,
         )  # fmt: skip
 
     return gemm
+
+
+def run(product, output, choice: Many) -> None:
+    """Launch the kernel; NVFP4 activations are dequantized before, but for their global scale.
+
+    Args:
+        product, output: operands and what becomes of the sums, see hopper_gemm.Product and gemm.Output.
+    """
+    n, tokens = product.n, product.a
+    if product.activations != "bf16":
+        tokens = torch.empty((product.rows, product.k), dtype=torch.bfloat16, device=tokens.device)
+        one, swizzled = _one(tokens.device), product.activations == "swizzled"
+        dequantize(product.a, product.a_scales, one, "tensor", swizzled, False, tokens.dtype, tokens)
+    form = Form(
+        choice.rows, choice.warpgroups, choice.depth, choice.split, choice.pair,
+        scaled=product.g_a is not None, grouped=product.offsets is not None, output=output.kind,
+        column_scale=product.column_scale, clamped=output.limit is not None, swizzled=output.swizzled,
+        wide=n // 2 % 32 == 0,
+    )  # fmt: skip
+    high = -(-product.rows // form.rows)
+    if form.grouped:
+        high = product.rows // GROUP_ROWS * -(-GROUP_ROWS // form.rows)
+    clusters = min(sm_count(product.a.device) // form.ctas, high * -(-n // form.cluster_features))
+    targets = [*output.tensors, None, None][:3]
+    limit = 0.0 if output.limit is None else float(output.limit)
+    operands = [As(tokens, TOKEN), *product.arguments[1:]]
+    launch(make, (form,), [*operands, *targets, *product.numbers, limit, clusters])
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
