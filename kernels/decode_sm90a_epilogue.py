@@ -125,20 +125,20 @@ def _total(form: cutlass.Constexpr[Form], exchange: Exchange, token: Int32, row:
         _add_warps(form, exchange, token, row, r_total)
     else:
         slot = (token * form.units + row // form.unit) // form.split
-        begin = exchange.given + (slot * form.unit + row % form.unit)
-        _add(begin, form.slots * form.unit, form.split, r_total)
+        quad = slot * (form.unit // _QUAD) + row % form.unit // _QUAD
+        _add(exchange.given, quad, form.slots * form.unit // _QUAD, form.split, r_total)
 
 
 def _add_warps(form: Form, exchange: Exchange, token: Int32, row: Int32, r_total: cute.Tensor) -> None:
-    begin = exchange.parts + (token * form.pitch + row)
-    _add(begin, form.tokens * form.pitch, form.warps, r_total)
+    quad = token * (form.pitch // _QUAD) + row // _QUAD
+    _add(exchange.parts, quad, form.tokens * form.pitch // _QUAD, form.warps, r_total)
 
 
-def _add(begin: cute.Pointer, step: int, count: int, r_total: cute.Tensor) -> None:
+def _add(begin: cute.Pointer, quad: Int32, step: int, count: int, r_total: cute.Tensor) -> None:
     """Four floats at each of so many places, one after the other."""
     r_part = cute.make_rmem_tensor(_QUAD, Float32)
+    quads = cute.make_tensor(begin, cute.make_layout((_QUAD, step * count)))
     for i in range(count):
-        place = (begin + i * step).align(16)
-        cute.autovec_copy(cute.make_tensor(place, cute.make_layout(_QUAD)), r_part)
+        cute.autovec_copy(quads[None, quad + i * step], r_part)
         for j in range(_QUAD):
             r_total[j] = r_part[j] if i == 0 else ptx.add(r_total[j], r_part[j])

@@ -18,7 +18,7 @@ from dsv4lab.kernels.decode_sm90a_form import CHUNK_BYTES, CHUNK_ROWS, CHUNKS, D
 from dsv4lab.kernels.decode_sm90a_tokens import Tokens, fetch, fragments, raw_words
 from dsv4lab.kernels.gemm_tiles import Tile, Work, begin, find
 
-_STEP_WORDS = DEPTH // 8  # words of codes of a row in a step
+_STEP_WORDS, _STEP_VECTORS = DEPTH // 8, DEPTH // 32  # of codes of a row in a step, 4 and 16 bytes each
 _CHUNK_WORDS = CHUNK_BYTES // 4
 
 
@@ -165,7 +165,7 @@ def multiply_tile(
         r_tokens = fragments(form, r_raw)
         fetch(form, tokens, tile, begins + i + form.warps, ends, r_raw)
         for mma in cutlass.range_constexpr(form.mmas):
-            place = codes_at + mma * MMA_ROWS * _STEP_WORDS, scales_at + _scale_place(form, tile, mma)
+            place = codes_at + mma * MMA_ROWS * _STEP_VECTORS, scales_at + _scale_place(form, tile, mma)
             rows = _rows(form, ring, slot, place, selector)
             _multiply_rows(rows, r_tokens, r_sums[None, None, mma])
         cute.arch.sync_warp()
@@ -174,14 +174,14 @@ def multiply_tile(
 
 
 def _places():
-    """Of this lane in a stage: its first word of codes and of block scales, and which bytes of scales it has.
+    """Of this lane in a stage: its 16 bytes of codes, its word of block scales, and which of its bytes.
 
     Lane 4 i + j has the codes j of rows i and i + 8 of every 16, counted in 16 bytes.
     """
     lane = cute.arch.lane_idx()
     row, quarter = lane >> 2, lane & 3
     selector = Uint32(0x4140) + Uint32(0x202) * Uint32(quarter & 1)
-    return row * _STEP_WORDS + quarter * 4, (quarter >> 1) * _CHUNK_WORDS + row * 4, selector
+    return row * _STEP_VECTORS + quarter, (quarter >> 1) * _CHUNK_WORDS + row * 4, selector
 
 
 def _scale_place(form: Form, tile: Tile, mma: int) -> Int32:
@@ -193,13 +193,14 @@ def _scale_place(form: Form, tile: Tile, mma: int) -> Int32:
 
 def _rows(form: Form, ring: Ring, slot: Int32, place: tuple, selector: Uint32) -> list:
     """Four words of codes and two block scales of this lane's two rows of 16, which are 8 apart."""
-    codes_at = slot * (form.features * _STEP_WORDS) + place[0]
+    vectors = cute.make_layout((4, form.stages * form.features * _STEP_VECTORS))
+    s_vectors = cute.make_tensor(ring.s_codes.iterator, vectors)
+    codes_at = slot * (form.features * _STEP_VECTORS) + place[0]
     scale_at = slot * (form.scale_chunks * CHUNKS * _CHUNK_WORDS) + place[1]
     rows = []
     for half in range(2):
-        codes = (ring.s_codes.iterator + (codes_at + half * 8 * _STEP_WORDS)).align(16)
         r_codes = cute.make_rmem_tensor(4, Uint32)
-        cute.autovec_copy(cute.make_tensor(codes, cute.make_layout(4)), r_codes)
+        cute.autovec_copy(s_vectors[None, codes_at + half * 8 * _STEP_VECTORS], r_codes)
         scales = ring.s_scales.iterator + (scale_at + half * 8 * 4)
         word = cute.make_tensor(scales, cute.make_layout(1))[0]
         rows.append(([r_codes[i] for i in range(4)], registers.scale_pair(word, selector)))

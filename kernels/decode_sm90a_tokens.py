@@ -13,9 +13,7 @@ from cutlass import Int32, Int64, Uint16, Uint32, cute
 from dsv4lab.kernels import decode_sm90a_registers as registers
 from dsv4lab.kernels.decode_sm90a_form import DEPTH, Form
 from dsv4lab.kernels.gemm_tiles import Tile
-from dsv4lab.kernels.rows import load, swizzled_offset
-
-from dsv4lab.formats import BLOCK
+from dsv4lab.kernels.rows import swizzled_offset
 
 _MINE = DEPTH // 4  # values of a lane
 _SCALES = 4  # which word of a lane holds its two block scales
@@ -59,23 +57,26 @@ def fetch(
         if step < ends and begin < tokens.k and token < tile.left:
             row = tile.row + token
             if cutlass.const_expr(form.activations == "bf16"):
-                _copy(tokens.words, (Int64(row) * tokens.k + begin) // 2, r_raw[None, block])
+                _copy(tokens.words, Int64(row) * (tokens.k >> 3) + (begin >> 3), r_raw[None, block])
             else:
-                _copy(tokens.words, (Int64(row) * tokens.k + begin) // 8, r_raw[None, block])
-                columns = tokens.k // BLOCK
-                at = Int64(row) * columns + begin // BLOCK
+                _copy(tokens.words, Int64(row) * (tokens.k >> 5) + (begin >> 5), r_raw[None, block])
+                columns, column = tokens.k >> 4, begin >> 4
+                at = Int64(row) * columns + column
                 if cutlass.const_expr(form.activations == "swizzled"):
-                    at = swizzled_offset(Int32(0), row, begin // BLOCK, tokens.rows, columns)
-                both = cute.recast_ptr((tokens.scales + at).align(2), dtype=Uint16)
-                r_raw[_SCALES, block] = cute.make_tensor(both, cute.make_layout(1))[0].to(Uint32)
+                    at = swizzled_offset(Int32(0), row, column, tokens.rows, columns)
+                pairs = cute.recast_ptr(tokens.scales, dtype=Uint16)
+                r_raw[_SCALES, block] = cute.make_tensor(pairs + (at >> 1), cute.make_layout(1))[0].to(Uint32)
 
 
-def _copy(words: cute.Pointer, offset: Int64, r_words: cute.Tensor) -> None:
-    """All whole 16 bytes that there is room for."""
-    for i in range(0, cute.size(r_words) // 4 * 4, 4):
-        loaded = load(words, offset + i, 4)
+def _copy(words: cute.Pointer, number: Int64, r_words: cute.Tensor) -> None:
+    """All 16 bytes that there is room for, from that number of them on."""
+    count = cute.size(r_words) // 4
+    vectors = cute.make_tensor(words, cute.make_layout((4, 1 << 30)))
+    for i in range(count):
+        r_vector = cute.make_rmem_tensor(4, Uint32)
+        cute.autovec_copy(vectors[None, number + i], r_vector)
         for j in range(4):
-            r_words[i + j] = loaded[j]
+            r_words[4 * i + j] = r_vector[j]
 
 
 def fragments(form: Form, r_raw: cute.Tensor) -> list[list[Uint32]]:
