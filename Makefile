@@ -1,4 +1,5 @@
-# make demo | test | test-browser | lab | bench | lint: each sets up .venv first if it is not there, and a second call installs nothing.
+# make demo | test | test-browser | lab | book | bench | lint: each sets up .venv first if it is not there, and a
+# second call installs nothing.
 # PYTHON= names the interpreter, TORCH_INDEX= the index torch comes from, JOBS= the number of test processes.
 
 VENV := .venv
@@ -16,13 +17,14 @@ BENCH ?=
 PROMPT ?= class Reader:
 DEMO_BYTES ?= 2000
 
-.PHONY: help demo test test-browser lab bench lint setup
+.PHONY: help demo test test-browser lab book bench lint setup
 
 help:
 	@echo "make demo   quantize the shipped model, decode text, compare bf16 with NVFP4"
 	@echo "make test   all tests and notebooks (TESTS=tests/test_cli.py for some of them)"
 	@echo "make test-browser  every notebook in JupyterLab in Chromium, pictures in build/browser"
 	@echo "make lab    JupyterLab on the notebooks"
+	@echo "make book   HTML pages of the notebooks with outputs, in build/book"
 	@echo "make bench  time the operations, each checked first (BENCH='--shapes flash:1' for other shapes)"
 	@echo "make lint   ruff check and format check"
 
@@ -49,6 +51,9 @@ test-browser: $(READY)
 
 lab: $(READY)
 	$(BIN)/python -m dsv4lab lab
+
+book: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m dsv4lab notebooks --html build/book
 
 bench: $(READY)
 	$(BIN)/python -m dsv4lab bench $(BENCH)

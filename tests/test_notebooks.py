@@ -127,7 +127,9 @@ def test_links_between_notebooks_exist(notebook):
 
 def test_a_copy_elsewhere_finds_what_it_reads(notebook):
     for cell in code_cells(notebook):
-        assert not re.search(r"""["'](\.\./|data/|notebooks/)""", cell.source), cell.source[:60]
+        assert not re.search(r"""["'](\.\./|data/|notebooks/)""", cell.source), (
+            f"use a constant such as checkpoint.NANO or table.KEPT: {cell.source[:60]}"
+        )
 
 
 def test_the_map_names_every_notebook():

@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from dsv4lab import __version__
 
-from . import bench, calibrate, decode, doctor, evaluate, kernels, lab, quantize
+from . import bench, calibrate, decode, doctor, evaluate, kernels, lab, notebooks, quantize
 
-COMMANDS = (doctor, decode, evaluate, calibrate, quantize, bench, kernels, lab)
+COMMANDS = (doctor, decode, evaluate, calibrate, quantize, bench, kernels, notebooks, lab)
 BAD_INPUT = 2
 INTERRUPTED = 130
 
