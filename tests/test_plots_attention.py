@@ -56,7 +56,7 @@ def test_a_chosen_entry_reaches_its_block_and_the_one_before_it():
 @pytest.mark.parametrize("topk", [1, None])
 def test_reached_at_the_sliders_ends(window, ratio, topk):
     picture = drawn(plots.reached(window, ratio, topk, 32))
-    assert ("between window and entries" in picture.caption) is (window < ratio - 1)
+    assert ("HCA misses nothing" in picture.caption) is (window >= ratio - 1)
     assert all(len(axes.images) == 1 for axes in picture.axes)
 
 

@@ -79,7 +79,7 @@ def reached(window: int = 8, ratio: int = 8, topk: int | None = 2, tokens: int =
         f"Measured: each of {tokens} tokens is changed a little, and each query whose result changes reaches "
         f"it. The last query reads {min(window, tokens)} keys and, with all entries of {ratio}, "
         f"{tokens // ratio} more, not {tokens}. "
-        + (f"Some tokens ({blind} pairs) lie between window and entries." if blind else "Nothing is lost.")
+        + (f"HCA misses {blind} pairs, between window and entries." if blind else "HCA misses nothing.")
         + " CSA's entries each see the block before, too.",
         columns=3,
         size=(8.8, 3.7),
