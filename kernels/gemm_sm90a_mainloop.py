@@ -155,7 +155,7 @@ def load_tile(
     for i in cutlass.range(begins, ends, unroll=1):
         full = ring.full + stage
         # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
-        wait(form, ring.free + stage, phase ^ 1)
+        cute.arch.mbarrier_wait(ring.free + stage, phase ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
         cute.copy(given.loads[1], g_codes[None, i], s_codes[None, stage], tma_bar_ptr=full)
@@ -200,7 +200,7 @@ def multiply_tile(
     mma.set(warpgroup.Field.ACCUMULATE, False)
     before = stage
     for i in cutlass.range(steps, unroll=1):
-        wait(form, ring.full + stage, phase)
+        cute.arch.mbarrier_wait(ring.full + stage, phase)
         for part in cutlass.range_constexpr(form.slices):
             r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
             fill(form, at, stage, part, cute.recast_tensor(r_weights, Uint32))
@@ -230,31 +230,6 @@ def release(form: cutlass.Constexpr[Form], ring: Ring, stage: Int32):
     if cutlass.const_expr(form.pair):
         # Half of the tokens came from the other CTA, which must not send more of them too early.
         if lane < 2:
-            there = cute.arch.map_dsmem_ptr(free, lane).toint()
-            cute.arch.inline_ptx(
-                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{$r0}];", read_only_args=[there]
-            )
+            cute.arch.mbarrier_arrive(free, lane)
     elif lane == 0:
         cute.arch.mbarrier_arrive(free)
-
-
-@cute.jit
-def wait(form: cutlass.Constexpr[Form], barrier: cute.Pointer, phase: Int32):
-    """Until a phase is over."""
-    if cutlass.const_expr(form.pair):
-        # The DSL's own wait hears of the same CTA's threads alone.
-        there = barrier.toint()
-        done = _asked(there, phase)
-        while done == 0:
-            done = _asked(there, phase)
-    else:
-        cute.arch.mbarrier_wait(barrier, phase)
-
-
-def _asked(address: Int32, phase: Int32) -> Int32:
-    return cute.arch.inline_ptx(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [{$r0}], {$r1}; "
-        "selp.b32 {$w0}, 1, 0, p; }",
-        write_only_types=[Int32],
-        read_only_args=[address, phase],
-    )
