@@ -15,7 +15,7 @@ CLUSTER = 8  # the largest cluster that every GPU with clusters runs
 MAX_GRID_Y = 65535
 # One amax for each CTA of a first launch, which every CTA of the second one reads; a multiple of 4.
 MAX_PARTS = 512
-_CTA = 256  # threads, where a row has fewer
+_CTA = 128  # threads, where a row has fewer: small CTAs end and begin at different times
 # Threads of the largest CTA by blocks of a thread, whose registers have to do: 64 each for 1024 threads, 72
 # for 896, 102 for 640, 128 for 512.
 _LARGEST = {

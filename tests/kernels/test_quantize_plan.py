@@ -27,8 +27,8 @@ def test_teams_have_their_rows(source):
 def test_worked_examples():
     row = plan.row_teams("plain", 8192, 7168 // 16, SMS)
     # 448 blocks: 112 threads would do, but warps are whole.
-    assert (row.team, row.blocks, row.teams) == (128, 4, 2)
-    assert plan.grid("plain", row, 8192, 0, SMS) == 4096
+    assert (row.team, row.blocks, row.teams) == (128, 4, 1)
+    assert plan.grid("plain", row, 8192, 0, SMS) == 8192
     norm = plan.row_teams("rmsnorm", 8192, 7168 // 16, SMS)
     assert norm == row
     mixed = plan.row_teams("mhc", 8192, 7168 // 16, SMS)
