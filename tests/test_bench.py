@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from dsv4lab import ops
-from dsv4lab.bench import checks, inputs, measure, rows
+from dsv4lab.bench import checks, compiling, inputs, measure, rivals, rows
 from dsv4lab.bench.cases import KINDS, Case, tensors
 from dsv4lab.bench.checks import WrongResult
 from dsv4lab.bench.measure import Measurement, Replay, interleaved, percentiles, wall_seconds
-from dsv4lab.bench.shapes import PRESETS, preset_cases, select
+from dsv4lab.bench.shapes import PRESETS, all_cases, preset_cases, select
 from dsv4lab.cli import main
 from dsv4lab.quantize import quantize_nvfp4
 from dsv4lab.roofline import RATES, floor_seconds
@@ -245,7 +245,7 @@ def test_a_graph_goes_round_the_sets(cuda, monkeypatch):
     replay = Replay([lambda i=i: seen.append(i) for i in range(5)])
     assert seen == [0, 0, *[0, 1, 2, 3, 4] * 7] and replay.count == 35
     assert replay.seconds() == pytest.approx(64e-3 / 35)
-    monkeypatch.setattr(measure, "LONG", -1.0)  # every call takes longer
+    monkeypatch.setattr(measure, "ENOUGH", 1e-12)  # every call takes longer
     assert Replay([lambda: None] * 5).count == 5
 
 
@@ -288,14 +288,51 @@ def test_idle_groups_and_padding_are_not_counted():
     assert flops == 2 * 2 * 32 * 48 and moved == rows + 2 * 48 * 18 + 1 + 2 * 4 * 8  # and 1 of g's 4 bytes
 
 
-def test_the_baseline_of_a_copy_moves_as_many_bytes():
-    case = Case("quantize_token", (2, 32))
+def rival(case: Case, name: str):
     given = case.make("cpu")
-    assert case.baseline(given, 172)().nbytes * 2 == 172 and case.baseline_name == "copy"
-    outputs = Case("grouped_mm", (3, 32, 48, 4, 4)).baseline(
-        Case("grouped_mm", (3, 32, 48, 4, 4)).make("cpu"), 0
-    )()
-    assert [tuple(y.shape) for y in outputs] == [(3, 48)] * 4
+    return rivals.prepare(name, case, given, given, 172, "reference")()
+
+
+def test_baselines_do_as_much_work():
+    copied = Case("quantize_token", (2, 32))
+    assert rivals.names_of(copied) == ["copy"] and rival(copied, "copy").nbytes * 2 == 172
+    for shape, name, outputs in (
+        ((3, 32, 48, 4, 4), "bf16 bmm", [(3, 48)] * 4),
+        ((3, 32, 48, 1, 1), "bf16 linear", [(3, 48)]),
+        ((3, 32, 48, 4, 2), "bf16 grouped_mm", None),
+    ):
+        case = Case("grouped_mm", shape)
+        assert rivals.names_of(case, ["quack"]) == [name]
+        found = [tuple(y.shape) for y in rival(case, name)]
+        assert found == outputs if outputs else sum(rows for rows, _ in found) == 6
+
+
+def test_a_fused_result_is_that_of_two_kernels():
+    case = Case("grouped_mm_swiglu_quantize", (5, 64, 32, 3, 2))
+    assert rivals.names_of(case) == ["bf16 grouped_mm", "unfused"]
+    case.check(case.make("cpu"), rival(case, "unfused"), "reference")
+
+
+def test_peers_are_asked_for_by_name(monkeypatch):
+    linear = Case("linear_w4a16", (2, 32, 48))
+    assert rivals.names_of(linear, ["quack"]) == ["bf16 linear", "quack"]
+    assert rivals.names_of(Case("linear", (2, 32, 48)), ["quack"]) == ["bf16 linear"]
+    monkeypatch.setitem(rivals.PEERS, "none", rivals.Peer("no-such-package", None))
+    with pytest.raises(ValueError, match=r"no-such-package is not installed: pip install 'dsv4lab\[peers\]'"):
+        rivals.check_peers(["none"])
+    with pytest.raises(ValueError, match="peer 'triton' is unknown; known are quack, humming"):
+        rivals.check_peers(["triton"])
+
+
+def test_a_peer_that_is_far_off_is_not_timed():
+    exact = torch.randn(8, 8)
+    rivals.check("quack", exact.bfloat16(), exact)
+    with pytest.raises(WrongResult, match=r"quack is off by 1\.0e"):
+        rivals.check("quack", torch.zeros(8, 8), exact)
+
+
+def test_nothing_is_compiled_beforehand_on_a_cpu():
+    assert compiling.compile_first(SMALL, None, torch.device("cpu")) == 0
 
 
 def test_the_floor_is_known_for_some_devices_alone():
@@ -311,7 +348,7 @@ def test_the_floor_is_known_for_some_devices_alone():
 
 def test_a_product_of_fp4_is_held_against_the_rate_of_fp4():
     def floor(kind, shape):
-        m = Measurement(Case(kind, shape), "blackwell", "NVIDIA B200", (1e-3,) * 3, 1, 1, 9 * 10**12)
+        m = Measurement(Case(kind, shape), "blackwell", "NVIDIA B200", (1e-3,) * 3, {}, 1, 9 * 10**12)
         return m.as_dict()["share_of_floor"]
 
     assert floor("linear", (1, 16, 16)) == pytest.approx(1)
@@ -328,13 +365,19 @@ def test_kernels_are_given_swizzled_scales(case):
 
 
 def test_rates_follow_from_the_median():
-    m = Measurement(Case("linear", (1, 16, 16)), "reference", "NVIDIA H200", (1e-6, 2e-6, 4e-6), 3e-6,
+    times = {"bf16 linear": (3e-6,) * 3, "quack": (1e-6, 4e-6, 5e-6), "humming": None}
+    m = Measurement(Case("linear", (1, 16, 16)), "reference", "NVIDIA H200", (1e-6, 2e-6, 4e-6), times,
                     bytes=4_270_000, flops=8_000_000)  # fmt: skip
     d = m.as_dict()
     assert (d["p20_us"], d["p50_us"], d["p80_us"], d["baseline_us"]) == (1, 2, 4, 3)
-    assert d["gb_per_s"] == pytest.approx(2135) and d["tflops"] == pytest.approx(4)
+    assert d["tb_per_s"] == pytest.approx(2.135) and d["tflops"] == pytest.approx(4)
     assert d["floor_us"] == 1 and d["share_of_floor"] == pytest.approx(0.5) and d["speedup"] == 1.5
     assert d["refused"] is None
+    assert d["others"] == {"quack": {"p50_us": 4, "speedup": 2}, "humming": {"p50_us": None, "speedup": None}}
+    assert [(row["backend"], row["p50_us"], row["share_of_floor"]) for row in m.rows()] == [
+        ("reference", 2, pytest.approx(0.5)),
+        ("quack", 4, pytest.approx(0.25)),
+    ]
     unknown = dataclasses.replace(m, device="something").as_dict()
     assert unknown["floor_us"] is None and unknown["share_of_floor"] is None
 
@@ -355,6 +398,17 @@ def test_presets_take_the_sizes_of_the_models():
     assert sizes("flash", "grouped_mm") == [(4096, 1024, 8, 8), (2048, 4096, 256, 6)]
     assert sizes("pro", "grouped_mm_swiglu") == [(7168, 6144, 384, 6)]
     assert sizes("pro", "quantize_tensor") == [(7168,)] and sizes("pro", "swiglu_quantize") == [(3072,)]
+
+
+def test_one_name_stands_for_all_that_is_published():
+    cases = select(None, ["deepseek-v4"], None, "cpu")
+    assert len(set(cases)) == len(cases) == len(all_cases())
+    for suffix in ("", "_w4a16"):
+        assert Case(f"linear{suffix}", (4096, 16384, 7168)) in cases
+        assert Case(f"grouped_mm{suffix}", (16, 4096, 1024, 16, 16)) in cases
+        assert Case(f"grouped_mm_swiglu_quantize{suffix}", (256, 7168, 6144, 384, 6)) in cases
+    assert Case("mhc_rmsnorm_quantize", (8192, 7168)) in cases
+    assert {c.kind for c in select(["swizzle"], ["deepseek-v4"], None, "cpu")} == {"swizzle"}
 
 
 def test_shapes_go_to_the_operations_that_they_fit():
@@ -380,6 +434,7 @@ def test_shapes_go_to_the_operations_that_they_fit():
     (("--shapes", "4x32", "--op", "linear,swizzle"), "op linear needs a shape TxKxN, got 4x32"),
     (("--backend", "cuda"), "backend 'cuda' is unknown; known are blackwell, hopper, reference"),
     (("--backend", "blackwell"), "backend 'blackwell' cannot run quantize on cpu: "),
+    (("--peers", "triton"), "peer 'triton' is unknown; known are quack, humming"),
     (("--device", "tpu9"), "--device tpu9: "),
     (("--device", "meta"), "--device meta: times can be taken on cpu and cuda alone"),
     (("--repeats", "0"), "whole number from 1 on, got '0'"),
@@ -394,7 +449,8 @@ def test_bad_input_is_one_line(run, never_timed, arguments, message):
 
 
 def measured(p50=2e-6, **changes) -> Measurement:
-    m = Measurement(Case("linear", (1, 16, 32)), "reference", "x", (1e-6, p50, 3e-6), 4e-6, 400, 1024, 0)
+    m = Measurement(Case("linear", (1, 16, 32)), "reference", "x", (1e-6, p50, 3e-6),
+                    {"bf16 linear": (4e-6,) * 3}, 400, 1024, 0)  # fmt: skip
     return dataclasses.replace(m, **changes)
 
 
@@ -403,10 +459,10 @@ def test_rows_carry_their_provenance_and_are_appended(tmp_path):
     assert rows.append(file, [measured(), measured(refused="wrong", seconds=None)], WHERE) == 1
     first = file.read_bytes()
     assert first.decode().splitlines() == [
-        "op,shape,backend,p20_us,p50_us,p80_us,gb_per_s,tflops,share_of_floor,baseline,baseline_us,bytes,flops,"
-        "rotated_bytes,device,driver,torch,dsv4lab,cutlass_dsl,commit,date",
-        "linear,1x16x32,reference,1.0,2.0,3.0,0.2,0.000512,,bf16 linear,4.0,400,1024,0,"
-        "some device,some driver,some torch,some dsv4lab,some cutlass_dsl,some commit,some date",
+        "op,shape,backend,p20_us,p50_us,p80_us,tb_per_s,tflops,share_of_floor,baseline,baseline_us,bytes,flops,"
+        "rotated_bytes,device,driver,torch,dsv4lab,cutlass_dsl,peer,commit,date",
+        "linear,1x16x32,reference,1.0,2.0,3.0,0.0002,0.000512,,bf16 linear,4.0,400,1024,0,"
+        "some device,some driver,some torch,some dsv4lab,some cutlass_dsl,some peer,some commit,some date",
     ]
     file.write_bytes(first.rstrip(b"\n"))  # as an editor may leave it
     file.chmod(0o640)
@@ -419,6 +475,18 @@ def test_rows_carry_their_provenance_and_are_appended(tmp_path):
         ("5.0", 'a "quoted", name'),
     ]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_peer_has_rows_of_its_own(tmp_path):
+    both = {"bf16 linear": (4e-6,) * 3, "quack": (1e-6, 5e-6, 6e-6), "unfused": (7e-6,) * 3}
+    measured_beside = measured(rivals=both)
+    assert rows.append(tmp_path / "rows.csv", [measured_beside], WHERE, {"quack": "quack-kernels 9"}) == 3
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        read = [(row["backend"], row["p50_us"], row["peer"]) for row in csv.DictReader(stream)]
+    assert read == [
+        ("reference", "2.0", "some peer"), ("quack", "5.0", "quack-kernels 9"),
+        ("reference unfused", "7.0", "some peer"),
+    ]  # fmt: skip
 
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
@@ -475,12 +543,12 @@ def test_the_default_run_measures_every_operation(run):
     code, out, err = run("--repeats", 1, "--json")
     report = json.loads(out)
     assert code == 0 and {r["op"] for r in report["results"]} == set(KINDS) and report["repeats"] == 1
-    assert set(report) == {*rows.PROVENANCE, "repeats", "results"}
+    assert set(report) == {*rows.PROVENANCE, "repeats", "peers", "results"}
     for r in report["results"]:
         assert set(r) == {
             "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "bytes", "flops", "rotated_bytes",
-            "gb_per_s", "tflops", "floor_us", "share_of_floor", "baseline", "baseline_us", "speedup",
-            "refused",
+            "tb_per_s", "tflops", "floor_us", "share_of_floor", "baseline", "baseline_us", "speedup",
+            "others", "refused",
         }  # fmt: skip
         assert r["backend"] == "reference" and r["refused"] is None and r["floor_us"] is None
         assert 0 < r["p20_us"] <= r["p50_us"] <= r["p80_us"] and r["bytes"] > 0 and r["speedup"] > 0
@@ -512,7 +580,7 @@ def test_help(run):
 def test_on_a_gpu_every_operation_is_captured_and_measured():
     found = measure.bench([*SMALL, Case("quantize_token", (4096, 4096))], device="cuda", repeats=3)
     assert [m.refused for m in found] == [""] * len(found)
-    assert all(m.seconds[1] > 0 and m.baseline > 0 and m.rotated > 0 for m in found)
+    assert all(m.seconds[1] > 0 and all(m.rivals.values()) and m.rotated > 0 for m in found)
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     assert found[-1].rotated > 2 * l2
 

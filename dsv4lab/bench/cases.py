@@ -1,7 +1,7 @@
 """What is measured: each operation at a shape, with inputs, a check of the result, bytes and flops to count.
 
 Cases are data that a benchmark and a kernel's tests can share: `Case("linear", (16, 256, 128))` makes random
-inputs, runs them on a backend, and refuses a wrong result by formulas of its own (see `bench_checks`).
+inputs, runs them on a backend, and refuses a wrong result by formulas of its own (see `checks`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,7 @@ from ..gemm import grouped_mm, grouped_mm_swiglu
 from ..gemm_arguments import operands
 from ..layouts import swizzle_scales, with_scale_layout
 from ..ops import resolve_backend
+from ..policies import bound_global_scale
 from ..quantize import (
     dequantize_nvfp4,
     mhc_rmsnorm_quantize,
@@ -30,6 +30,9 @@ from ..quantize import (
 )
 from . import checks, inputs
 from .inputs import LIMIT
+
+MOST_GROUPS = 24
+"""Whose results are checked before they are timed; tests check all of them."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,27 @@ def _quantize(policy: str, reads: int) -> Kind:
     )  # fmt: skip
 
 
-def _gemm(grouped: bool, w4a16: bool, swiglu: bool = False) -> Kind:
+def _gemm(op: str, grouped: bool, w4a16: bool) -> Kind:
+    swiglu, quantized = op != "grouped_mm", op == "grouped_mm_swiglu_quantize"
     make = partial(inputs.grouped, interleaved=swiglu) if grouped else inputs.linear
-    function, limit = (partial(grouped_mm_swiglu, limit=LIMIT), LIMIT) if swiglu else (grouped_mm, None)
-    return Kind(
-        "grouped_mm_swiglu" if swiglu else "grouped_mm",
-        ("T", "K", "N", "G", "k") if grouped else ("T", "K", "N"),
-        function,
-        partial(make, w4a16=w4a16),
-        lambda d, *given: checks.product(d, *given[:2], inputs.spans(*given), limit),
-    )
+    function, limit = grouped_mm, None
+    if swiglu:
+        function = partial(grouped_mm_swiglu, limit=LIMIT, output="nvfp4" if quantized else "bf16")
+        limit = LIMIT
+
+    def check(d, *given) -> None:
+        if quantized:
+            bound = torch.tensor(bound_global_scale(LIMIT), device=d.device)
+            checks.require("global scale", d.global_scale == bound)
+        checks.product(d, *given[:2], _some(inputs.spans(*given)), limit)
+
+    dims = ("T", "K", "N", "G", "k") if grouped else ("T", "K", "N")
+    return Kind(op, dims, function, partial(make, w4a16=w4a16), check)
+
+
+def _some(spans: list) -> list:
+    """At most MOST_GROUPS of the groups, spread over all: float64 takes long."""
+    return spans[:: -(-len(spans) // MOST_GROUPS)] if spans else spans
 
 
 KINDS: dict[str, Kind] = {
@@ -102,12 +116,13 @@ KINDS: dict[str, Kind] = {
         "swizzle_scales", ("T", "K"), swizzle_scales, lambda r, t, k: (inputs.scales(r, t, k // BLOCK),),
         checks.swizzled, bits=True,
     ),
-    "linear": _gemm(grouped=False, w4a16=False),
-    "linear_w4a16": _gemm(grouped=False, w4a16=True),
-    "grouped_mm": _gemm(grouped=True, w4a16=False),
-    "grouped_mm_w4a16": _gemm(grouped=True, w4a16=True),
-    "grouped_mm_swiglu": _gemm(grouped=True, w4a16=False, swiglu=True),
-    "grouped_mm_swiglu_w4a16": _gemm(grouped=True, w4a16=True, swiglu=True),
+} | {
+    name + suffix: _gemm(op, name != "linear", bool(suffix))
+    for name, op in (
+        ("linear", "grouped_mm"), ("grouped_mm", "grouped_mm"), ("grouped_mm_swiglu", "grouped_mm_swiglu"),
+        ("grouped_mm_swiglu_quantize", "grouped_mm_swiglu_quantize"),
+    )
+    for suffix in ("", "_w4a16")
 }  # fmt: skip
 """By the name that a row carries. Activations are NVFP4 with token scales; w4a16 has them in bf16."""
 
@@ -172,7 +187,7 @@ class Case:
         return resolve_backend(name, device, self.op, self._arguments())
 
     def _arguments(self) -> tuple | None:
-        """The operator's arguments for one row of zeros and weights without values; None if all do."""
+        """The operands for one row of zeros and weights without values; None if all do."""
         if len(self.shape) == 2:
             return None
         _, k, n, *_ = self.shape
@@ -213,22 +228,6 @@ class Case:
         activations = (_nbytes(a) + _nbytes(result)) * sum(sizes) / a.shape[0]
         weights = _nbytes(b) * len(sizes) / math.prod(b.shape[:-2])
         return round(activations + weights) + _nbytes(groups), 2 * sum(sizes) * math.prod(b.shape[-2:])
-
-    @property
-    def baseline_name(self) -> str:
-        """What it is compared with."""
-        return "copy" if len(self.shape) == 2 else "bf16 linear"
-
-    def baseline(self, given: tuple, work_bytes: int) -> Callable[[], object]:
-        """The same work in plain torch on other data: a copy of as many bytes, or each group in bf16."""
-        device = given[0].device
-        if len(self.shape) == 2:
-            source = torch.randint(256, (work_bytes // 2,), dtype=torch.uint8, device=device)
-            return partial(torch.empty_like(source).copy_, source)
-        (n, k), spans = given[1].shape[-2:], inputs.spans(*given)
-        draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
-        pairs = [(draw(stop - start, k), draw(n, k)) for _, start, stop in spans]
-        return lambda: [F.linear(x, weight) for x, weight in pairs]
 
 
 def tensors(tree) -> list[Tensor]:

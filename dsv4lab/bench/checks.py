@@ -66,6 +66,23 @@ def quantized(t: NVFP4Tensor, y: Tensor, slack: float = 0.0) -> None:
     require("signs", ((codes >= 8) == y.signbit()) | (x < room))
 
 
+def encoded(t: NVFP4Tensor, y: Tensor, error: Tensor) -> None:
+    """Refuse a t that is not y (T, K) float64, each value known to an absolute error, under t's one scale."""
+    if t.shape != tuple(y.shape):
+        raise WrongResult(f"the result must be {tuple(y.shape)}, got {t.shape}")
+    g, blocks = t.global_scale.double(), (-1, (-1, BLOCK))
+    wanted = y.abs().unflatten(*blocks).amax(-1) / (6 * g)
+    off = error.unflatten(*blocks).amax(-1) / (6 * g) + wanted * 4 * U_FP32
+    half = ((wanted + off).log2().floor().clamp_min(-6) - 4).exp2()
+    near("block scales", t.block_scales.double(), wanted.clamp_max(448), half + off)
+    codes, step = nibbles(t.codes), (t.block_scales.double() * g).repeat_interleave(BLOCK, -1)
+    x, room = (torch.where(step > 0, value / step, 0.0) for value in (y.abs(), error))
+    ties, magnitude = torch.tensor(_TIES, dtype=torch.float64, device=y.device), codes & 7
+    room = room + (x + room) * 8 * U_FP32
+    require("codes", (x + room >= ties[magnitude]) & (x - room <= ties[magnitude + 1]))
+    require("signs", ((codes >= 8) == y.signbit()) | (x <= room))
+
+
 def normalized(t: NVFP4Tensor, rrms: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Refuse a t and 1 / rms that are not those of x (T, K) float64."""
     exact = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -95,7 +112,7 @@ def dequantized(values: Tensor, t: NVFP4Tensor) -> None:
 
 
 def product(
-    d: Tensor, a: NVFP4Tensor | Tensor, b: NVFP4Tensor, spans: list, limit: float | None = None
+    d: Tensor | NVFP4Tensor, a: NVFP4Tensor | Tensor, b: NVFP4Tensor, spans: list, limit: float | None = None
 ) -> None:
     """Refuse a d that is not a b^T, or with a limit the SwiGLU of it; group by group, to need little memory.
 
@@ -103,10 +120,10 @@ def product(
     in its last place, since tensor cores truncate; the factor g_a g_b costs two roundings more.
 
     Args:
-        d: (rows, N) or (rows, N / 2) bf16.
+        d: (rows, N) or (rows, N / 2) bf16, or NVFP4 of the latter's bf16 values.
         a: (rows, K) with token scales, or bf16.
         b: (G, N, K) or (N, K) with one global scale; interleaved where there is a limit.
-        spans: (group, first row, end) of the real rows.
+        spans: (group, first row, end) of the rows to look at.
     """
     n, k = b.shape[-2:]
     if tuple(d.shape) != (a.shape[0], n // 2 if limit else n):
@@ -122,7 +139,12 @@ def product(
         exact, error = x @ w.T, x.abs() @ w.abs().T * ((k + 2) * 2 * U_FP32)
         if limit:
             exact, error = swiglu_of(exact, error, limit)
-        near(f"output of group {group}", d[start:stop], exact, U_BF16 * exact.abs() + (1 + U_BF16) * error)
+        error = U_BF16 * exact.abs() + (1 + U_BF16) * error
+        if isinstance(d, NVFP4Tensor):
+            rows = d.with_(codes=d.codes[start:stop], block_scales=d.block_scales[start:stop])
+            encoded(rows, exact, error)
+        else:
+            near(f"output of group {group}", d[start:stop], exact, error)
 
 
 def swiglu64(gate: Tensor, up: Tensor, limit: float) -> Tensor:

@@ -12,23 +12,26 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..roofline import floor_seconds
+from . import rivals
 from .cases import Case, tensors
 from .checks import WrongResult
 
 REPEATS = 25
 MAX_SETS = 64
 """Sets of inputs at most."""
-MIN_CALLS, LONG = 32, 1e-3
-"""Calls in a CUDA graph at least, whose own launch would show otherwise; unless a call takes LONG seconds."""
+MIN_CALLS, ENOUGH = 32, 5e-3
+"""Calls in a CUDA graph at least, whose own launch would show otherwise; unless fewer take ENOUGH seconds."""
 
 Call = Callable[[], object]
+Times = tuple[float, float, float]
+"""p20, p50 and p80 of a call in seconds."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Measurement:
         case: which.
         backend: what ran it.
         device: the device's name.
-        seconds: p20, p50 and p80 of a call.
-        baseline: p50 of the baseline, in seconds.
+        seconds: of a call.
+        rivals: the same of each rival, the baseline first; None for one that gave a wrong result.
         bytes, flops: that the operation needs.
         rotated: bytes of all sets of inputs and results that took turns; 0 where there was one.
         refused: why the case was not measured, empty otherwise.
@@ -49,8 +52,8 @@ class Measurement:
     case: Case
     backend: str
     device: str
-    seconds: tuple[float, float, float] | None = None
-    baseline: float | None = None
+    seconds: Times | None = None
+    rivals: dict[str, Times | None] = field(default_factory=dict)
     bytes: int = 0
     flops: int = 0
     rotated: int = 0
@@ -59,7 +62,8 @@ class Measurement:
     def as_dict(self) -> dict:
         """Plain data, times in microseconds; None for what was not measured or is not known."""
         p20, p50, p80 = self.seconds or (None,) * 3
-        floor = floor_seconds(self.device, self.bytes, self.flops, self.case.fp4) if p50 else None
+        baseline = rivals.names_of(self.case)[0]
+        times = self.rivals.get(baseline)
         return {
             "op": self.case.kind,
             "shape": self.case.size,
@@ -67,18 +71,40 @@ class Measurement:
             "p20_us": micro(p20),
             "p50_us": micro(p50),
             "p80_us": micro(p80),
+            **self._rates(p50),
+            "baseline": baseline,
+            "baseline_us": micro(times and times[1]),
+            "speedup": times[1] / p50 if times else None,
+            "others": {
+                name: {"p50_us": micro(found and found[1]), "speedup": found[1] / p50 if found else None}
+                for name, found in self.rivals.items()
+                if name != baseline
+            },
+            "refused": self.refused or None,
+        }
+
+    def _rates(self, p50: float | None) -> dict:
+        floor = floor_seconds(self.device, self.bytes, self.flops, self.case.fp4) if p50 else None
+        return {
             "bytes": self.bytes if p50 else None,
             "flops": self.flops if p50 else None,
             "rotated_bytes": self.rotated if p50 else None,
-            "gb_per_s": short(self.bytes / p50 / 1e9) if p50 else None,
+            "tb_per_s": short(self.bytes / p50 / 1e12) if p50 else None,
             "tflops": short(self.flops / p50 / 1e12) if p50 and self.flops else None,
             "floor_us": micro(floor),
             "share_of_floor": short(floor / p50) if floor else None,
-            "baseline": self.case.baseline_name,
-            "baseline_us": micro(self.baseline),
-            "speedup": self.baseline / p50 if p50 else None,
-            "refused": self.refused or None,
         }
+
+    def rows(self) -> list[dict]:
+        """A row for the operation and one for each rival but the baseline, which is in all of them."""
+        ours = self.as_dict()
+        rows = [ours]
+        for name, found in self.rivals.items():
+            if name != ours["baseline"] and found:
+                times = dict(zip(("p20_us", "p50_us", "p80_us"), map(micro, found), strict=True))
+                shown = f"{self.backend} unfused" if name == "unfused" else name
+                rows.append({**ours, **self._rates(found[1]), **times, "backend": shown})
+        return rows
 
 
 def micro(seconds: float | None) -> float | None:
@@ -97,15 +123,17 @@ def bench(
     device: torch.device | str = "cpu",
     repeats: int = REPEATS,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    peers: Sequence[str] = (),
 ) -> list[Measurement]:
     """Measure cases one after the other.
 
     Args:
-        cases: see `bench_shapes.select`.
+        cases: see `shapes.select`.
         backend: None takes each operation's default on the device.
         device: where.
         repeats: how many times are taken of each, from 1 on.
         progress: called with cases done, cases in all, and the name of the next.
+        peers: names in rivals.PEERS, measured where they have the operation, on a GPU.
 
     Returns:
         One measurement for each case. A wrong result is never timed: its measurement says what is wrong, as
@@ -118,13 +146,15 @@ def bench(
         result = Measurement(case, case.backend(backend, device), device_name(device))
         try:
             with torch.no_grad(), current:
-                found.append(measure(result, device, repeats))
+                found.append(measure(result, device, repeats, peers))
         except (WrongResult, MemoryError, torch.OutOfMemoryError) as error:
             found.append(replace(result, refused=" ".join(str(error).split())))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what graphs held is of no use to the next case
     return found
 
 
-def measure(m: Measurement, device: torch.device, repeats: int) -> Measurement:
+def measure(m: Measurement, device: torch.device, repeats: int, peers: Sequence[str] = ()) -> Measurement:
     """Check one case, then fill in what it takes."""
     case, backend = m.case, m.backend
     check_memory(case, device)
@@ -137,20 +167,28 @@ def measure(m: Measurement, device: torch.device, repeats: int) -> Measurement:
     if device.type == "cuda":
         sets += [case.make(device, seed) for seed in range(1, rotation(device, work_bytes))]
         prepared += [case.ready(s, backend) for s in sets[1:]]
-    ours = [partial(case.run, s, backend) for s in prepared]
-    others = [case.baseline(s, work_bytes) for s in sets]
+    ours, others = [partial(case.run, s, backend) for s in prepared], {}
+    for name in rivals.names_of(case, peers if device.type == "cuda" else ()):
+        calls = [
+            rivals.prepare(name, case, s, r, work_bytes, backend) for s, r in zip(sets, prepared, strict=True)
+        ]
+        try:
+            rivals.check(name, calls[0](), result)
+            others[name] = calls
+        except WrongResult:
+            others[name] = None
+    right = {name: calls for name, calls in others.items() if calls}
     if device.type == "cuda":
         graph = Replay(ours)
         case.check(sets[-1], graph.poisoned(), backend)
-        timers = [graph.seconds, Replay(others).seconds]
+        timers = [graph.seconds, *(Replay(calls).seconds for calls in right.values())]
     else:
-        timers = [partial(wall_seconds, calls[0]) for calls in (ours, others)]
-    ours, others = interleaved(timers, repeats)
+        timers = [partial(wall_seconds, calls[0]) for calls in (ours, *right.values())]
+    ours, *theirs = map(percentiles, interleaved(timers, repeats))
     rotated = work_bytes * len(sets) if len(sets) > 1 else 0
-    times = percentiles(ours)
-    return replace(
-        m, seconds=times, baseline=percentiles(others)[1], bytes=work_bytes, flops=flops, rotated=rotated
-    )
+    times = dict(zip(right, theirs, strict=True))
+    rivalry = {name: times.get(name) for name in others}
+    return replace(m, seconds=ours, rivals=rivalry, bytes=work_bytes, flops=flops, rotated=rotated)
 
 
 def interleaved(timers: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
@@ -181,7 +219,8 @@ class Replay:
 
     def __init__(self, calls: Sequence[Call]):
         self._synchronized(calls[0])  # compiles and allocates what is not to be captured
-        rounds = 1 if self._synchronized(calls[0]) > LONG else math.ceil(MIN_CALLS / len(calls))
+        enough = min(MIN_CALLS, ENOUGH / self._synchronized(calls[0]))
+        rounds = math.ceil(enough / len(calls))
         self.count = len(calls) * rounds
         self.graph, self.results = torch.cuda.CUDAGraph(), [None] * len(calls)
         with torch.cuda.graph(self.graph):

@@ -19,10 +19,10 @@ from ..device import cutlass_dsl_version
 from .measure import Measurement, device_name
 
 MEASURED = (
-    "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "gb_per_s", "tflops", "share_of_floor",
+    "op", "shape", "backend", "p20_us", "p50_us", "p80_us", "tb_per_s", "tflops", "share_of_floor",
     "baseline", "baseline_us", "bytes", "flops", "rotated_bytes",
 )  # fmt: skip
-PROVENANCE = ("device", "driver", "torch", "dsv4lab", "cutlass_dsl", "commit", "date")
+PROVENANCE = ("device", "driver", "torch", "dsv4lab", "cutlass_dsl", "peer", "commit", "date")
 HEADER = (*MEASURED, *PROVENANCE)
 
 
@@ -34,6 +34,7 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, str
         "torch": torch.__version__,
         "dsv4lab": __version__,
         "cutlass_dsl": cutlass_dsl_version() or "",
+        "peer": "",  # a peer's own rows name its package
         "commit": _commit() if commit is None else commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -76,13 +77,16 @@ def check_file(file: Path) -> str:
     return text
 
 
-def append(file: Path, found: Sequence[Measurement], where: dict[str, str]) -> int:
+def append(
+    file: Path, found: Sequence[Measurement], where: dict[str, str], peers: dict[str, str] | None = None
+) -> int:
     """Add what was measured; the file is replaced at once, so that it is never half a file.
 
     Args:
         file: made if it is not there.
         found: refused cases are left out.
         where: see `provenance`.
+        peers: packages and versions of the peers, see `rivals.check_peers`.
 
     Returns:
         The number of rows added.
@@ -95,8 +99,8 @@ def append(file: Path, found: Sequence[Measurement], where: dict[str, str]) -> i
     writer = csv.DictWriter(new, HEADER, extrasaction="ignore", lineterminator="\n")
     if not old:
         writer.writeheader()
-    rows = [{**m.as_dict(), **where} for m in found if not m.refused]
-    writer.writerows(rows)
+    rows = [{**row, **where} for m in found if not m.refused for row in m.rows()]
+    writer.writerows({**row, "peer": (peers or {}).get(row["backend"], row["peer"])} for row in rows)
     _replace(file, old + "\n" * (old != "" and not old.endswith("\n")) + new.getvalue())
     return len(rows)
 

@@ -13,6 +13,13 @@ from .cases import KINDS, Case
 PRESETS = {"nano": ModelConfig.nano, "flash": ModelConfig.flash, "pro": ModelConfig.pro}
 TOKENS = (1, 128)
 """T of the presets: a step of decoding, and a whole tile."""
+ALL = "deepseek-v4"
+LINEAR_TOKENS, EXPERT_TOKENS = (1, 8, 16, 64, 128, 4096), (1, 4, 16, 64, 256)
+WO_A_TOKENS, ROW_TOKENS = (1, 8, 16, 64, 128), (1, 16, 8192)
+LINEARS = (
+    (7168, 6144), (3072, 7168), (7168, 16384), (16384, 7168), (4096, 4096), (4096, 8192), (8192, 1024)
+)  # fmt: skip
+"""K x N of Flash and Pro, and of which there are figures of other packages."""
 
 
 def select(
@@ -22,8 +29,8 @@ def select(
 
     Args:
         names: of KINDS; None takes all that fit the shapes and that the backend has.
-        shapes: "nano", "flash" or "pro" for the model's own K and N, also "flash:16" for T = 16; or numbers
-            such as 16x4096x2048, for the operations that take as many.
+        shapes: "nano", "flash" or "pro" for the model's own K and N, also "flash:16" for T = 16;
+            "deepseek-v4" for `all_cases`; or numbers such as 16x4096x2048, for operations that take as many.
         backend, device: where they shall run; a backend of None stands for the device's default.
 
     Returns:
@@ -57,6 +64,8 @@ def _refusal(case: Case, backend: str | None, device: torch.device | str) -> Val
 
 def _of_shape(shape: str, names: Iterable[str]) -> list[Case]:
     """The cases of those names that a shape is for."""
+    if shape == ALL:
+        return [case for case in all_cases() if case.kind in names]
     preset = re.fullmatch(r"(\w+?)(?::([1-9]\d{0,8}))?", shape)
     if preset and preset[1] in PRESETS:
         tokens = TOKENS if preset[2] is None else (int(preset[2]),)
@@ -64,7 +73,7 @@ def _of_shape(shape: str, names: Iterable[str]) -> list[Case]:
     if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", shape):
         raise ValueError(
             f"shape {shape!r} must be one of {', '.join(PRESETS)}, also with a number of tokens (flash:16), "
-            "or numbers such as 16x4096x2048"
+            f"{ALL}, or numbers such as 16x4096x2048"
         )
     numbers = tuple(map(int, shape.split("x")))
     fitting = [name for name in names if len(KINDS[name].dims) == len(numbers)]
@@ -96,9 +105,35 @@ def preset_cases(config: ModelConfig, tokens: int, names: Iterable[str] = tuple(
         "linear": [(t, *linear) for linear in linears],
         "grouped_mm": [wo_a, (t, width, hidden, *experts)],
         "grouped_mm_swiglu": [(t, hidden, 2 * width, *experts)],
+        "grouped_mm_swiglu_quantize": [(t, hidden, 2 * width, *experts)],
     }
     return [
         Case(name, shape)
         for name in names
         for shape in shapes.get(name.removesuffix("_w4a16"), [(t, hidden)])
     ]
+
+
+def all_cases() -> list[Case]:
+    """What data/benchmarks.csv has: the shapes of Flash and Pro from one token to many."""
+    cases = [
+        Case(name, (t, 7168))
+        for name, kind in KINDS.items()
+        if len(kind.dims) == 2
+        for t in ROW_TOKENS
+    ]  # fmt: skip
+    for suffix in ("", "_w4a16"):
+        cases += [Case(f"linear{suffix}", (t, *linear)) for linear in LINEARS for t in LINEAR_TOKENS]
+        groups = [(4096, 1024, groups, groups) for groups in (8, 16)]
+        cases += [Case(f"grouped_mm{suffix}", (t, *wo_a)) for wo_a in groups for t in WO_A_TOKENS]
+        for preset in ("flash", "pro"):
+            c = PRESETS[preset]()
+            hidden, width = c.hidden_size, c.moe_intermediate_size
+            experts = (c.n_routed_experts, c.num_experts_per_tok)
+            fused = f"grouped_mm_swiglu_quantize{suffix}"
+            for t in EXPERT_TOKENS:
+                cases.append(Case(f"grouped_mm{suffix}", (t, width, hidden, *experts)))
+                cases.append(Case(fused, (t, hidden, 2 * width, *experts)))
+            # As one group: the shared expert.
+            cases += [Case(fused, (t, hidden, 2 * width, 1, 1)) for t in LINEAR_TOKENS]
+    return cases

@@ -1,0 +1,87 @@
+"""Compile what cases will launch, several kernels at a time, before anything is measured.
+
+Each kernel takes seconds in one thread. So the cases are run once with launches only noted, and processes of
+their own compile what was noted and leave it on disk, from where measuring loads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import torch
+
+from .cases import Case
+
+
+def compile_first(
+    cases: Sequence[Case],
+    backend: str | None,
+    device: torch.device,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    jobs: int | None = None,
+) -> int:
+    """Compile for a GPU; nothing to do elsewhere.
+
+    Args:
+        cases, backend, device: as of `measure.bench`.
+        progress: called with kernels done, kernels in all, and the name of one.
+        jobs: processes; None takes as many as there are cores, but at most 16.
+
+    Returns:
+        The number of kernels.
+    """
+    if device.type != "cuda":
+        return 0
+    kernels = needed(cases, backend, device, progress)
+    jobs = min(jobs or min(os.cpu_count() or 1, 16), len(kernels))
+    if jobs < 2:
+        return len(kernels)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(_compile, *key, kinds, str(device)) for key, kinds in kernels.items()]
+        for done, future in enumerate(as_completed(waiting)):
+            progress(done, len(kernels), future.result())
+    return len(kernels)
+
+
+def needed(
+    cases: Sequence[Case],
+    backend: str | None,
+    device: torch.device,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> dict:
+    """What `launch.noting` finds, of all cases that kernels run."""
+    kernels = {}
+    for i, case in enumerate(cases):
+        name = case.backend(backend, device)
+        if name in ("hopper", "blackwell"):
+            progress(i, len(cases), f"looking at {case.kind} {case.size}")
+            kernels |= _noted(case, name, device)
+    return kernels
+
+
+@torch.no_grad()
+def _noted(case: Case, backend: str, device: torch.device) -> dict:
+    from dsv4lab.kernels.launch import noting
+
+    from . import rivals
+
+    try:
+        given = case.make(device)
+        with noting() as kernels:
+            ready = case.ready(given, backend)
+            case.run(ready, backend)
+            if "unfused" in rivals.names_of(case):
+                rivals.prepare("unfused", case, given, ready, 0, backend)()
+    except torch.OutOfMemoryError:  # which measuring will say, too
+        return {}
+    return kernels
+
+
+def _compile(make: Callable, config: tuple, kinds: tuple[str, ...], device: str) -> str:
+    from dsv4lab.kernels.launch import compile_to_disk
+
+    compile_to_disk(make, config, kinds, torch.device(device))
+    return make.__module__.rpartition(".")[2]
