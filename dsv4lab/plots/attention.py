@@ -77,8 +77,8 @@ def reached(window: int = 8, ratio: int = 8, topk: int | None = 2, tokens: int =
     blind = int((~list(found.values())[1] & (column <= row)).sum())
     picture, panels = new(
         f"Measured: each of {tokens} tokens is changed a little, and each query whose result changes reaches "
-        f"it. The last query reads {min(window, tokens)} keys and, with all entries of {ratio}, "
-        f"{tokens // ratio} more, not {tokens}. "
+        f"it. Of keys the last query reads a window of {min(window, tokens)} and, with all entries of "
+        f"{ratio}, {tokens // ratio} more, in place of {tokens}. "
         + (f"HCA misses {blind} pairs, between window and entries." if blind else "HCA misses nothing.")
         + " CSA's entries each see the block before, too.",
         columns=3,

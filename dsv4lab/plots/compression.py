@@ -211,11 +211,11 @@ def kv_growth(
     kept = [kept_bytes(config, n) for n in contexts]
     full, dense = sum(kept[-1].values()), dense_bytes(config, contexts[-1])
     picture, (left, right) = new(
-        f"{name.capitalize()} in bf16. At {contexts[-1]:,} tokens its cache holds {full / GIB:.3g} GiB, of "
-        f"which entries {kept[-1]['entries'] / GIB:.3g} and indexer keys "
-        f"{kept[-1]['indexer keys'] / GIB:.3g}; without compression {dense / GIB:.3g}, and DeepSeek-V3.2's "
-        f"{v32_bytes(contexts[-1]) / GIB:.3g}. A step reads {read_bytes(config, contexts[-1]) / GIB:.2g} GiB "
-        "of it. Counted from the shapes of the cache; no time was measured.",
+        f"{name.capitalize()} in bf16. At {contexts[-1]:,} tokens its cache holds {full / GIB:.3g} GiB, "
+        f"{full / contexts[-1] / 1000:.3g} kB a token; of it entries {kept[-1]['entries'] / GIB:.3g} GiB and "
+        f"indexer keys {kept[-1]['indexer keys'] / GIB:.3g}. Without compression it were {dense / GIB:.3g}, "
+        f"and DeepSeek-V3.2's holds {v32_bytes(contexts[-1]) / GIB:.3g}. A step reads "
+        f"{read_bytes(config, contexts[-1]) / GIB:.2g} GiB of it. Counted from the shapes of the cache; no time was measured.",
         columns=2,
         size=(8.8, 3.8),
         sharey=True,
