@@ -215,8 +215,8 @@ def kv_growth(
         f"{full / contexts[-1] / 1000:.3g} kB a token; of it entries {kept[-1]['entries'] / GIB:.3g} GiB and "
         f"indexer keys {kept[-1]['indexer keys'] / GIB:.3g}. Without compression it were {dense / GIB:.3g}, "
         f"and DeepSeek-V3.2's holds {v32_bytes(contexts[-1]) / GIB:.3g}. A step of this "
-        f"model reads {read_bytes(config, contexts[-1]) / GIB:.2g} GiB. Counted from the shapes of the cache; "
-        "no time was measured.",
+        f"model reads {read_bytes(config, contexts[-1]) / GIB:.2g} GiB. Counted from the shapes of the "
+        "cache; no time was measured.",
         columns=2,
         size=(8.8, 3.8),
         sharey=True,
