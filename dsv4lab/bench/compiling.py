@@ -13,6 +13,7 @@ from multiprocessing import get_context
 
 import torch
 
+from . import rivals
 from .cases import Case
 
 
@@ -36,14 +37,24 @@ def compile_first(
     if device.type != "cuda":
         return 0
     kernels = needed(cases, backend, device, progress)
+    compile_all(kernels, device, progress, jobs)
+    return len(kernels)
+
+
+def compile_all(
+    kernels: dict,
+    device: torch.device,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    jobs: int | None = None,
+) -> None:
+    """Compile what was `noted` to disk, if it is for a GPU."""
     jobs = min(jobs or min(os.cpu_count() or 1, 16), len(kernels))
-    if jobs < 2:
-        return len(kernels)
+    if jobs < 2 or device.type != "cuda":
+        return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(_compile, *key, kinds, str(device)) for key, kinds in kernels.items()]
         for done, future in enumerate(as_completed(waiting)):
             progress(done, len(kernels), future.result())
-    return len(kernels)
 
 
 def needed(
@@ -52,32 +63,37 @@ def needed(
     device: torch.device,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict:
-    """What `launch.noting` finds, of all cases that kernels run."""
+    """The kernels of all cases that kernels run."""
     kernels = {}
     for i, case in enumerate(cases):
         name = case.backend(backend, device)
         if name in ("hopper", "blackwell"):
             progress(i, len(cases), f"looking at {case.kind} {case.size}")
-            kernels |= _noted(case, name, device)
+            kernels |= _of_case(case, name, device)
     return kernels
 
 
-@torch.no_grad()
-def _noted(case: Case, backend: str, device: torch.device) -> dict:
+def noted(call: Callable[[], object]) -> dict:
+    """What a call would launch, as `launch.noting` has it."""
     from dsv4lab.kernels.launch import noting
 
-    from . import rivals
+    with noting() as kernels, torch.no_grad():
+        call()
+    return kernels
+
+
+def _of_case(case: Case, backend: str, device: torch.device) -> dict:
+    def run() -> None:
+        given = case.make(device)
+        ready = case.ready(given, backend)
+        case.run(ready, backend)
+        if "unfused" in rivals.names_of(case):
+            rivals.prepare("unfused", case, given, ready, 0, backend)()
 
     try:
-        given = case.make(device)
-        with noting() as kernels:
-            ready = case.ready(given, backend)
-            case.run(ready, backend)
-            if "unfused" in rivals.names_of(case):
-                rivals.prepare("unfused", case, given, ready, 0, backend)()
+        return noted(run)
     except torch.OutOfMemoryError:  # which measuring will say, too
         return {}
-    return kernels
 
 
 def _compile(make: Callable, config: tuple, kinds: tuple[str, ...], device: str) -> str:
