@@ -37,46 +37,57 @@ class Place:
     pair_selector: Uint32
 
 
-def place(form: Form, codes: Int32, scales: Int32, half: Int32) -> Place:
+def place(form: Form, codes: Int32, scales: Int32, share: Int32, half: Int32) -> Place:
     """Of this thread.
 
     Args:
         codes, scales: addresses in shared memory.
+        share: which part of a stage its warpgroup multiplies.
         half: 1 where a tile of 64 rows is the second half of a chunk of block scales.
     """
     thread, _, _ = cute.arch.thread_idx()
     lane = thread % 32
-    row, quad = thread // 32 * 16 + lane // 4, lane % 4
+    row, quad = thread // 32 % (4 * form.warpgroups) * 16 + lane // 4, lane % 4
     # 128, 64 or 32 bytes of a row are swizzled over as many rows as TMA moves to other banks.
     swizzle = row % 8 * form.code_bytes // 128
-    chunks = [codes + row * form.code_bytes + (i ^ swizzle) * 16 for i in range(form.code_bytes // 16)]
+    own = form.own_slices
+    first = codes + row * form.code_bytes
+    chunks = [first + ((share * own * 2 + i) ^ swizzle) * 16 for i in range(2 * own)]
     in_chunk = row + 64 * half
-    scale = in_chunk % 32 * 16 + in_chunk // 32 * 4
+    scale = share * own * CHUNK_BYTES + in_chunk % 32 * 16 + in_chunk // 32 * 4
     return Place(chunks, scales + scale, Uint32(quad + 0x4440), Uint32(quad * 0x1111 + 0xC480))
 
 
 @cute.jit
-def fill(
-    form: cutlass.Constexpr[Form], at: Place, stage: Int32, part: cutlass.Constexpr[int], r_a: cute.Tensor
-):
-    """The operands of the MMAs of 64 of K.
+def load(form: cutlass.Constexpr[Form], at: Place, stage: Int32, part: cutlass.Constexpr[int]):
+    """Codes of 64 of K, as (words, rows, chunks of 16 bytes), and block scales by MMA.
 
     Args:
-        part: which 64 of the stage's.
-        r_a: (16,) words; of each MMA rows g and g + 8, first of 8 of K, then of 8 more.
+        part: which 64 of those of the stage that this warpgroup multiplies.
     """
-    scales = _block_scales(form, at, stage, part)
     r_codes = cute.make_rmem_tensor((4, 2, 2), Uint32)
     for chunk in cutlass.range_constexpr(2):
         first = at.codes[part * 2 + chunk] + stage * (form.features * form.code_bytes)
         for row in cutlass.range_constexpr(2):
             source = _words(first, 4, row * 8 * form.code_bytes)
             cute.autovec_copy(source, r_codes[None, row, chunk])
-    for step in cutlass.range_constexpr(_STEPS):
-        for word in cutlass.range_constexpr(2):
-            for row in cutlass.range_constexpr(2):
-                codes = r_codes[step % 2 * 2 + word, row, step // 2]
-                r_a[step * 4 + word * 2 + row] = _pair(codes, at.selector, scales[step], row)
+    return r_codes, _block_scales(form, at, stage, part)
+
+
+@cute.jit
+def fill(at: Place, r_codes: cute.Tensor, scale: Uint32, step: cutlass.Constexpr[int], r_a: cute.Tensor):
+    """The operand of one MMA.
+
+    Args:
+        r_codes: what `load` gave.
+        scale: this MMA's.
+        step: number of the MMA.
+        r_a: four words of each MMA; rows g and g + 8, first of 8 of K, then of 8 more.
+    """
+    for word in cutlass.range_constexpr(2):
+        for row in cutlass.range_constexpr(2):
+            codes = r_codes[step % 2 * 2 + word, row, step // 2]
+            r_a[step * 4 + word * 2 + row] = _pair(codes, at.selector, scale, row)
 
 
 def _block_scales(form: Form, at: Place, stage: Int32, part: int) -> list[Uint32]:

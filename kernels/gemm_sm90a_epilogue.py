@@ -54,7 +54,7 @@ def stored(form: cutlass.Constexpr[Form], out: cute.Pointer, rows: Int32, column
 
 def buffers_layout(form: Form) -> cute.ComposedLayout:
     atom = warpgroup.make_smem_layout_atom(_KINDS[form.store_columns], OUT)
-    shape = (form.store_rows, form.store_columns, STORES * form.warpgroups)
+    shape = (form.store_rows, form.store_columns, STORES * form.all_warpgroups)
     return cute.tile_to_shape(atom, shape, order=(0, 1, 2))
 
 
@@ -62,18 +62,19 @@ def buffers_layout(form: Form) -> cute.ComposedLayout:
 def load_factors(
     form: cutlass.Constexpr[Form], factors: Factors, tile: Tile, first: Int32, s_factors: cute.Tensor
 ):
-    """The activations' global scales of the tokens that are stored here.
+    """The activations' global scales of the tokens that this CTA stores.
 
     Args:
         first: of them, in the tile.
-        s_factors: (stored,), where all that multiply find them.
+        s_factors: where all that multiply find them.
     """
     thread, _, _ = cute.arch.thread_idx()
-    threads = cutlass.const_expr(128 * form.warpgroups)
+    threads = cutlass.const_expr(128 * form.all_warpgroups)
+    count = cutlass.const_expr(cute.size(s_factors))
     cute.arch.barrier(barrier_id=1, number_of_threads=threads)
-    for i in cutlass.range_constexpr(-(-form.stored // threads)):
+    for i in cutlass.range_constexpr(-(-count // threads)):
         token = thread + i * threads
-        if token < form.stored:
+        if token < count:
             factor = Float32(0.0)
             if first + token < tile.left:
                 at = (tile.row + first + token) * factors.a_row + tile.group * factors.a_group
@@ -111,6 +112,7 @@ def store_tile(
     Args:
         feature_tile: number of the CTA's tile of weights.
         first: token of the tile that is stored first.
+        s_factors: of the tokens that are stored.
         r_sums: (4 stored / 8,).
         s_out: buffers of `buffers_layout`.
         rows: of the output.
@@ -120,10 +122,10 @@ def store_tile(
     group = cute.arch.make_warp_uniform(thread // 128)
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
     lane = cute.arch.lane_idx()
-    feature = (feature_tile * form.warpgroups + group) * 64 + warp * 16 + lane // 4
+    column = feature_tile * form.warpgroups + group % form.warpgroups
+    feature = column * 64 + warp * 16 + lane // 4
     scales = weight_factors(form, factors, tile, feature, n)
     blocks = cutlass.const_expr(form.store_rows // 8)
-    column = feature_tile * form.warpgroups + group
     nbytes = cutlass.const_expr(form.store_rows * form.store_columns * 2)
     for part in cutlass.range_constexpr(form.stored // form.store_rows):
         begin = first + part * form.store_rows

@@ -22,8 +22,9 @@ class Form:
 
     Attributes:
         rows: tokens of a tile, a multiple of 16 up to 256: the N of the MMA.
-        warpgroups: that multiply, each with 64 rows of weights: 1 or 2.
+        warpgroups: side by side, each with 64 rows of weights: 1 or 2.
         depth: K of a stage: 64, 128 or 256.
+        halves: of a stage along K, which other warpgroups multiply with the same rows: 1 or 2.
         split: CTAs of a cluster that share the K of a tile, or 1.
         pair: whether two CTAs of a cluster, with weights of their own, share the tokens they load.
         most_stages: of the ring, or fewer where there is no shared memory for them.
@@ -40,6 +41,7 @@ class Form:
     rows: int = 128
     warpgroups: int = 2
     depth: int = 128
+    halves: int = 1
     split: int = 1
     pair: bool = False
     most_stages: int = _MOST_STAGES
@@ -72,14 +74,26 @@ class Form:
         return self.depth // SLICE
 
     @property
-    def moves_registers(self) -> bool:
-        """Whether sums need more registers than an even share of an SM's is."""
-        return self.rows > 160
+    def all_warpgroups(self) -> int:
+        """That multiply."""
+        return self.warpgroups * self.halves
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies, where an even share of an SM's is too few; else 0."""
+        if self.all_warpgroups > 2:
+            return 112
+        return 240 if self.rows > 160 else 0
+
+    @property
+    def own_slices(self) -> int:
+        """Of a stage, that a warpgroup multiplies."""
+        return self.slices // self.halves
 
     @property
     def threads(self) -> int:
         """Those that multiply, and a warp that loads; registers are moved between warpgroups only."""
-        return 128 * self.warpgroups + (128 if self.moves_registers else 32)
+        return 128 * self.all_warpgroups + (128 if self.registers else 32)
 
     @property
     def code_bytes(self) -> int:
@@ -97,9 +111,14 @@ class Form:
         return GROUP_FEATURES if self.output == "bf16" else GROUP_FEATURES // 2
 
     @property
+    def shares(self) -> int:
+        """Parts of a tile's K, each multiplied by other warpgroups, of one CTA or several."""
+        return self.split * self.halves
+
+    @property
     def stored(self) -> int:
-        """Tokens of a tile whose sums this CTA puts together and stores."""
-        return self.rows // self.split
+        """Tokens of a tile whose sums the warpgroups with one share put together and store."""
+        return self.rows // self.shares
 
     @property
     def store_rows(self) -> int:
@@ -109,12 +128,12 @@ class Form:
     @property
     def store_bytes(self) -> int:
         """Of the buffers from which tiles are stored."""
-        return self.store_rows * self.store_columns * 2 * STORES * self.warpgroups
+        return self.store_rows * self.store_columns * 2 * STORES * self.all_warpgroups
 
     @property
     def parts_bytes(self) -> int:
-        """Of the sums that the CTAs which share a tile's K give one another."""
-        return self.rows * self.features * 4 if self.split > 1 else 0
+        """Of the sums that those who share a tile's K give one another, where the ring of stages was."""
+        return self.rows * self.features * 4 * self.halves if self.shares > 1 else 0
 
     @property
     def stages(self) -> int:

@@ -13,7 +13,7 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
-from dsv4lab.kernels.gemm_sm90a_dequantize import Place, fill
+from dsv4lab.kernels.gemm_sm90a_dequantize import Place, fill, load
 from dsv4lab.kernels.gemm_sm90a_form import CHUNK_BYTES, GROUP_FEATURES, SCALE_ROWS, SLICE, Form
 from dsv4lab.kernels.gemm_tiles import Tile
 
@@ -70,7 +70,7 @@ def tiled_mma(form: Form) -> cute.TiledMma:
 
 def arrivals(form: Form) -> int:
     """At the barrier of a stage that was read: of all warps that multiply with what this CTA loads."""
-    return 4 * form.warpgroups * (2 if form.pair else 1)
+    return 4 * form.all_warpgroups * (2 if form.pair else 1)
 
 
 @cute.jit
@@ -120,7 +120,7 @@ def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int3
 
 
 @cute.jit
-def share(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
+def stages_of(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
     """First and last stage along K that the CTA of this rank multiplies."""
     steps = cute.ceil_div(k, form.depth)
     if cutlass.const_expr(form.split > 1):
@@ -188,25 +188,30 @@ def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, mo
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
-    steps: Int32, stage: Int32, phase: Int32,
+    part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32,
 ):  # fmt: skip
     """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
 
     Args:
+        part_of_stage: which this warpgroup multiplies.
         steps: stages.
         stage, phase: of the ring, where the first one is; gives those that are next.
     """
     r_tokens = mma.make_fragment_B(mma.get_slice(0).partition_B(ring.s_tokens))
     mma.set(warpgroup.Field.ACCUMULATE, False)
-    before = stage
+    first, before = part_of_stage * form.own_slices, stage
     for i in cutlass.range(steps, unroll=1):
         cute.arch.mbarrier_wait(ring.full + stage, phase)
-        for part in cutlass.range_constexpr(form.slices):
+        for part in cutlass.range_constexpr(form.own_slices):
             r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
-            fill(form, at, stage, part, cute.recast_tensor(r_weights, Uint32))
-            warpgroup.fence()
+            r_words = cute.recast_tensor(r_weights, Uint32)
+            r_words = cute.make_tensor(r_words.iterator, cute.make_layout(16))
+            r_codes, scales = load(form, at, stage, part)
             for step in cutlass.range_constexpr(cute.size(r_tokens, mode=[2])):
-                where = (None, None, step, stage * form.slices + part)
+                # An MMA is fetched when the one before it has its operand, so that none should have to queue.
+                fill(at, r_codes, scales[step], step, r_words)
+                warpgroup.fence()
+                where = (None, None, step, stage * form.slices + first + part)
                 cute.gemm(mma, r_sums, r_weights[None, None, step], r_tokens[where], r_sums)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
             warpgroup.commit_group()
@@ -214,7 +219,7 @@ def multiply_tile(
             warpgroup.wait_group(1)
             if cutlass.const_expr(part == 0) and i > 0:
                 release(form, ring, before)
-        before = stage
+        first, before = part_of_stage * form.own_slices, stage
         stage, phase = _next(form, stage, phase)
     warpgroup.wait_group(0)
     if steps > 0:

@@ -36,7 +36,7 @@ from dsv4lab.kernels.gemm_sm90a_mainloop import (
     load_tile,
     multiply_tile,
     operands,
-    share,
+    stages_of,
     tiled_mma,
 )
 from dsv4lab.kernels.gemm_tiles import Work, begin, find
@@ -53,6 +53,7 @@ class Many:
     rows: int
     warpgroups: int = 2
     depth: int = 128
+    halves: int = 1
     split: int = 1
     pair: bool = False
 
@@ -69,7 +70,7 @@ def _kernel(
 
     smem = memory.SmemAllocator()
     barriers = smem.allocate_array(cutlass.Int64, 2 * form.stages)
-    s_factors = smem.allocate_tensor(Float32, cute.make_layout(form.stored), 16)
+    s_factors = smem.allocate_tensor(Float32, cute.make_layout(form.rows // form.split), 16)
     s_tokens, s_codes, s_scales = given.layouts
     # A swizzle repeats every 1024 bytes, and counts them from address 0.
     s_tokens = smem.allocate_tensor(TOKEN, s_tokens.outer, 1024, swizzle=s_tokens.inner)
@@ -89,15 +90,15 @@ def _kernel(
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
     if cutlass.const_expr(form.ctas > 1):
-        meet()
+        meet(form)
 
-    begins, ends = share(form, rank, k)
+    begins, ends = stages_of(form, rank, k)
     tile, seen = find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
-    if warp >= 4 * form.warpgroups:
-        if cutlass.const_expr(form.moves_registers):
+    if warp >= 4 * form.all_warpgroups:
+        if cutlass.const_expr(form.registers):
             cute.arch.setmaxregister_decrease(24)
-        loads = warp == 4 * form.warpgroups
+        loads = warp == 4 * form.all_warpgroups
         while tile.here:
             feature_tile = _feature_tile(form, tile, rank)
             columns = cute.ceil_div(n, SCALE_ROWS)
@@ -107,51 +108,49 @@ def _kernel(
                 )
             number += step
             tile, seen = find(work, form, seen, number)
-            if cutlass.const_expr(form.split > 1):
-                meet()
-                meet()
+            if cutlass.const_expr(form.shares > 1):
+                meet(form)
+                meet(form)
                 if tile.here:
-                    meet()
+                    meet(form)
     else:
-        if cutlass.const_expr(form.moves_registers):
-            cute.arch.setmaxregister_increase(240)
+        if cutlass.const_expr(form.registers):
+            cute.arch.setmaxregister_increase(form.registers)
+        taker = warp // (4 * form.warpgroups)
+        share = rank * form.halves + taker if cutlass.const_expr(form.split > 1) else taker
         if cutlass.const_expr(form.output == "nvfp4"):
-            warps = cutlass.const_expr(4 * form.warpgroups)
+            warps = cutlass.const_expr(4 * form.all_warpgroups)
             clear_pads(form, work, out.scales, out.columns, block * warps + warp, blocks * warps)
         while tile.here:
             feature_tile = _feature_tile(form, tile, rank)
-            token = rank * form.stored if cutlass.const_expr(form.split > 1) else Int32(0)
             if cutlass.const_expr(form.scaled):
-                load_factors(form, factors, tile, token, s_factors)
+                load_factors(form, factors, tile, (share - taker) * form.stored, s_factors)
             half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
-            at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), half)
+            at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), taker, half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
-            stage, phase = multiply_tile(form, mma, ring, at, r_sums, ends - begins, stage, phase)
+            stage, phase = multiply_tile(form, mma, ring, at, r_sums, taker, ends - begins, stage, phase)
             number += step
             following, seen = find(work, form, seen, number)
-            if cutlass.const_expr(form.split > 1):
+            r_total = r_sums
+            if cutlass.const_expr(form.shares > 1):
                 r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
-                meet()
-                give(form, s_parts, r_sums, rank)
-                meet()
-                total(form, s_parts, r_total)
-                store_tile(
-                    form, factors, out, tile, feature_tile, token, r_total, s_factors, s_out, work.rows, n
-                )
-                if following.here:
-                    cute.arch.fence_view_async_shared()
-                    meet()
-            else:
-                store_tile(
-                    form, factors, out, tile, feature_tile, token, r_sums, s_factors, s_out, work.rows, n
-                )
+                meet(form)
+                give(form, s_parts, r_sums, share)
+                meet(form)
+                total(form, s_parts, taker, r_total)
+            s_own = cute.make_tensor(s_factors.iterator + taker * form.stored, cute.make_layout(form.stored))
+            token = share * form.stored
+            store_tile(form, factors, out, tile, feature_tile, token, r_total, s_own, s_out, work.rows, n)
+            if cutlass.const_expr(form.shares > 1) and following.here:
+                cute.arch.fence_view_async_shared()
+                meet(form)
             tile = following
         if warp % 4 == 0:
             with cute.arch.elect_one():
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
     if cutlass.const_expr(form.pair):
         # Nobody leaves while another one may still arrive here.
-        meet()
+        meet(form)
 
 
 _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -211,7 +210,8 @@ def run(product, output, choice: Many) -> None:
         one, swizzled = _one(tokens.device), product.activations == "swizzled"
         dequantize(product.a, product.a_scales, one, "tensor", swizzled, False, tokens.dtype, tokens)
     form = Form(
-        choice.rows, choice.warpgroups, choice.depth, choice.split, choice.pair,
+        choice.rows, choice.warpgroups, choice.depth, choice.halves, choice.split,
+        choice.pair,
         scaled=product.g_a is not None, grouped=product.offsets is not None, output=output.kind,
         column_scale=product.column_scale, clamped=output.limit is not None, swizzled=output.swizzled,
         wide=n // 2 % 32 == 0,

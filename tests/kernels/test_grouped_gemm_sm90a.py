@@ -25,6 +25,8 @@ CHOICES = (
     Many(64, 2, 128, split=4),
     Many(192, 2, 64),  # registers are moved, tiles reach into the next group
     Many(64, 2, 256, pair=True),
+    Many(64, 2, 128, halves=2),  # four warpgroups, of which two multiply each half of a stage
+    Many(128, 1, 256, halves=2, split=2),
     Many(256, 2, 64, pair=True),
 )
 EVERY = pytest.mark.parametrize("choice", CHOICES, ids=str)
@@ -143,7 +145,7 @@ def test_nvfp4_activations(granularity, weights, choice, layout, cases, gpu):
     cases.check(found, sums(cases, with_scale_layout(a, "linear"), b, where, choice), where)
 
 
-@pytest.mark.parametrize("choice", [*CHOICES[:4], CHOICES[4], CHOICES[6]], ids=str)
+@pytest.mark.parametrize("choice", [*CHOICES[:5], *CHOICES[6:]], ids=str)
 def test_activation(choice, cases, gpu):
     where = cases.groups((5, 0, 130, 31), extra=128)
     a, b = gated(cases, where, 104, 192)
