@@ -26,18 +26,20 @@ class Decode:
     """The kernel for few tokens; the fields are those of decode_sm90a_form.Form."""
 
     mmas: int
+    across: int
+    along: int
     tokens: int
     split: int
-    warps: int
     early: bool = False
 
 
 CHOICES = tuple(
-    Decode(mmas, tokens, split, warps)
+    Decode(mmas, across, along, tokens, split)
     for tokens in (8, 16, 32)
-    for mmas in range(1, 5 if tokens == 32 else 9)
+    for mmas, across in ((2, 4), (2, 2), (2, 3), (1, 7), (2, 1), (4, 1))
     for split in (1, 2, 4, 8)
-    for warps in (8, 6, 7, 10, 12)
+    for along in (2, 4, 8, 1)
+    if 4 <= across * along <= 12
 )
 
 
@@ -50,7 +52,7 @@ def most_clusters(choice: Decode, sm_count: int) -> int:
 
 def most_tiles(choice: Decode, rows: int, n: int) -> int:
     """As many as there can be, however rows are spread over groups."""
-    return -(-rows // choice.tokens) * -(-n // (MMA_ROWS * choice.mmas))
+    return -(-rows // choice.tokens) * -(-n // (MMA_ROWS * choice.mmas * choice.across))
 
 
 def blocks_of_tokens(choice: Decode, rows: int, groups: int | None) -> int:
@@ -71,12 +73,12 @@ def cycles(choice: Decode, rows: int, n: int, k: int, groups: int | None, sm_cou
         groups: how many; None where offsets are not given and all rows are one group.
         sm_count: streaming multiprocessors of the GPU.
     """
-    form = Form(choice.mmas, choice.tokens, choice.split, choice.warps)
+    form = Form(choice.mmas, choice.across, choice.along, choice.tokens, choice.split)
     blocks = choice.tokens // 8
     step = choice.mmas * (_ROWS_COST + _MMA_COST * blocks) + _TOKENS_COST * blocks + _STEP_COST
     steps = -(-k // (DEPTH * choice.split))
     # Warps take turns on four schedulers; one alone does not fill its scheduler.
-    issue = -(-steps // choice.warps) * step * max(choice.warps / 4, 1.5) / _ISSUED
+    issue = -(-steps // choice.along) * step * max(form.warps / 4, 1.5) / _ISSUED
     taken = steps * (form.stage_bytes + min(rows, choice.tokens) * DEPTH * 2) / _SM_BYTES
     tiles = blocks_of_tokens(choice, rows, groups) * -(-n // form.features)
     turns = -(-tiles // most_clusters(choice, sm_count))
@@ -94,5 +96,5 @@ def choose(rows: int, n: int, k: int, groups: int | None, sm_count: int, even: b
     """
     most = rows if groups is None else -(-rows // max(1, min(groups, rows // GROUP_ROWS)))
     usable = [choice for choice in CHOICES if choice.tokens in (8, 16, 32)[: -(-most // 8)]]
-    usable = [choice for choice in usable if not even or choice.mmas % 2 == 0]
+    usable = [choice for choice in usable if not even or choice.mmas * choice.across % 2 == 0]
     return min(usable, key=lambda choice: cycles(choice, rows, n, k, groups, sm_count))

@@ -30,7 +30,7 @@ from dsv4lab.kernels.decode_sm90a_mainloop import (
     weights_of,
 )
 from dsv4lab.kernels.decode_sm90a_store import Outputs
-from dsv4lab.kernels.decode_sm90a_tokens import Tokens
+from dsv4lab.kernels.decode_sm90a_tokens import Tokens, token_tensor, tokens_of
 from dsv4lab.kernels.gemm_epilogue import Factors
 from dsv4lab.kernels.gemm_tiles import Work, begin, find
 from dsv4lab.kernels.launch import launch
@@ -42,7 +42,7 @@ from dsv4lab.formats import BLOCK
 @cute.kernel
 def _kernel(
     form: cutlass.Constexpr[Form], weights: Weights, tokens: Tokens, work: Work, factors: Factors,
-    out: Outputs, k: Int32,
+    out: Outputs,
 ):  # fmt: skip
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     block, _, _ = cute.arch.block_idx()
@@ -53,18 +53,20 @@ def _kernel(
     full = smem.allocate_array(cutlass.Int64, form.stages)
     empty = smem.allocate_array(cutlass.Int64, form.stages)
     filled, taken = smem.allocate_array(cutlass.Int64, 1), smem.allocate_array(cutlass.Int64, 1)
+    # A swizzle repeats every 1024 bytes, and counts them from address 0.
+    s_tokens = smem.allocate_tensor(Uint32, cute.make_layout(form.stages * form.token_bytes // 4), 1024)
     s_codes, s_scales = (smem.allocate_tensor(Uint32, layout, 128) for layout in ring_layouts(form))
-    ring = Ring(s_codes, s_scales, full, empty)
+    ring = Ring(s_codes, s_scales, token_tensor(form, s_tokens.iterator), s_tokens.iterator, full, empty)
     s_sums = smem.allocate_tensor(Float32, cute.make_layout(form.part_bytes // 4), 128)
-    given = s_sums.iterator + form.warps * form.tokens * form.pitch
+    given = s_sums.iterator + form.along * form.tokens * form.pitch
     exchange = Exchange(s_sums.iterator, given, filled, taken)
 
     if warp == form.warps:
-        cpasync.prefetch_descriptor(weights.load_codes)
-        cpasync.prefetch_descriptor(weights.load_scales)
+        for load in (weights.load_codes, weights.load_scales, tokens.load):
+            cpasync.prefetch_descriptor(load)
         for i in cutlass.range(cute.arch.lane_idx(), form.stages, 32, unroll=1):
             cute.arch.mbarrier_init(full + i, 1)
-            cute.arch.mbarrier_init(empty + i, 1)
+            cute.arch.mbarrier_init(empty + i, form.across)
         with cute.arch.elect_one():
             cute.arch.mbarrier_init(filled, form.warps * form.split)
             cute.arch.mbarrier_init(taken, form.warps * form.split)
@@ -76,8 +78,9 @@ def _kernel(
 
     if warp == form.warps:
         if cutlass.const_expr(form.early and form.grouped):
+            # Offsets and sizes say which weights are read.
             cute.arch.griddepcontrol_wait()
-        load_tiles(form, work, first, step, rank, weights, ring, out.n, k)
+        load_tiles(form, work, first, step, rank, weights, tokens, ring, out.n)
         if cutlass.const_expr(form.split > 1):
             cute.arch.cluster_wait()
     else:
@@ -89,7 +92,7 @@ def _kernel(
         if cutlass.const_expr(form.output == "nvfp4"):
             columns = out.n // 2 // BLOCK
             clear_pads(form, work, out.scales, columns, block * form.warps + warp, blocks * form.warps)
-        begins, ends = share(form, rank, k)
+        begins, ends = share(form, rank, tokens.k)
         r_sums = cute.make_rmem_tensor((4, form.tokens // 8, form.mmas), Float32)
         tile, seen = find(work, form, begin(work, form), first)
         number, position, phase = first, Int32(0), Int32(0)
@@ -120,7 +123,7 @@ def make(form: Form):
         a_group: Int32, b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
     ):  # fmt: skip
         weights = weights_of(form, b, sfb, cute.assume(n, 8), k, groups)
-        tokens = Tokens(cute.recast_ptr(a, dtype=Uint32), cute.recast_ptr(sfa, dtype=cutlass.Uint8), rows, k)
+        tokens = tokens_of(form, a, sfa, rows, k)
         vector = cute.make_layout(groups)
         work = Work(
             cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
@@ -136,7 +139,7 @@ def make(form: Form):
             cute.recast_ptr(values, dtype=Uint32), cute.recast_ptr(scales, dtype=cutlass.Uint8),
             cute.recast_ptr(g, dtype=Float32), n,
         )  # fmt: skip
-        _kernel(form, weights, tokens, work, factors, out, k).launch(
+        _kernel(form, weights, tokens, work, factors, out).launch(
             grid=(clusters * form.split, 1, 1), block=(form.threads, 1, 1), cluster=(form.split, 1, 1),
             stream=stream, use_pdl=form.early,
         )  # fmt: skip
@@ -151,7 +154,7 @@ def run(product, output, choice: Decode) -> None:
         product, output: operands and what becomes of the sums, see hopper_gemm.Product and gemm.Output.
     """
     form = Form(
-        choice.mmas, choice.tokens, choice.split, choice.warps, product.offsets is not None,
+        choice.mmas, choice.across, choice.along, choice.tokens, choice.split, product.offsets is not None,
         product.activations, output.kind, product.column_scale, output.limit is not None, output.swizzled,
         choice.early,
     )  # fmt: skip

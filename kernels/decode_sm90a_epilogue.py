@@ -1,8 +1,8 @@
 """How sums of few tokens become what is stored: those of all warps and of all CTAs of a cluster are added up.
 
 Every warp leaves its sums in shared memory. Threads add up those of four neighbouring features of a token,
-warp after warp. Where CTAs share a tile, they give what they have to the CTA that stores it, which adds it up
-rank after rank: always in the same order, so that results repeat bit for bit.
+one warp along K after the other. Where CTAs share a tile, they give what they have to the CTA that stores it,
+which adds it up rank after rank: always in the same order, so that results repeat bit for bit.
 """
 
 # No annotations from __future__: the DSL reads them as types.
@@ -25,7 +25,7 @@ class Exchange:
     """Where sums meet.
 
     Attributes:
-        parts: floats, of each warp and token form.pitch.
+        parts: floats, of each warp along K and token form.pitch.
         given: floats, of each rank and slot form.unit.
         filled, taken: barriers of a cluster, see decode_exchange.
     """
@@ -87,10 +87,11 @@ def _meet(form: Form) -> None:
 def _leave(form: cutlass.Constexpr[Form], count: Int32, r_sums: cute.Tensor, parts: cute.Pointer):
     """This warp's sums of real tokens: lane 4 i + j has features i and i + 8 of tokens 2 j and 2 j + 1."""
     lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    turn, row = warp // form.across, warp % form.across * (MMA_ROWS * form.mmas) + (lane >> 2)
     for block in cutlass.range_constexpr(form.tokens // 8):
         for odd in cutlass.range_constexpr(2):
             token = block * 8 + (lane & 3) * 2 + odd
-            begin = parts + ((warp * form.tokens + token) * form.pitch + (lane >> 2))
+            begin = parts + ((turn * form.tokens + token) * form.pitch + row)
             s_sums = cute.make_tensor(begin, cute.make_layout(form.features))
             if token < count:
                 for mma in cutlass.range_constexpr(form.mmas):
@@ -131,7 +132,7 @@ def _total(form: cutlass.Constexpr[Form], exchange: Exchange, token: Int32, row:
 
 def _add_warps(form: Form, exchange: Exchange, token: Int32, row: Int32, r_total: cute.Tensor) -> None:
     quad = token * (form.pitch // _QUAD) + row // _QUAD
-    _add(exchange.parts, quad, form.tokens * form.pitch // _QUAD, form.warps, r_total)
+    _add(exchange.parts, quad, form.tokens * form.pitch // _QUAD, form.along, r_total)
 
 
 def _add(begin: cute.Pointer, quad: Int32, step: int, count: int, r_total: cute.Tensor) -> None:

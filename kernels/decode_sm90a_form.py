@@ -8,6 +8,7 @@ MMA_ROWS = 16  # rows of weights of one MMA
 DEPTH = 128  # K of a step: 64 bytes of codes of a row, 16 for each of the four threads that have the row
 CHUNK_ROWS, CHUNK_BYTES = 128, 512  # of 4 columns of block scales, see dsv4lab.layouts
 CHUNKS = DEPTH // 64  # chunks of block scales in a step
+TOKEN_DEPTH = 64  # K of bf16 activations that are copied at a time
 SHARED_BYTES = 232448  # that a CTA may have
 _BARRIER_BYTES = 2048  # barriers, and what aligning buffers costs
 _MOST_STAGES = 64
@@ -18,13 +19,14 @@ class Form:
     """A kernel of the grouped GEMM that multiplies with `mma.sync`, rows of weights being M and tokens N.
 
     Attributes:
-        mmas: MMAs of 16 rows of weights one above the other, 1 to 16: all of them each warp multiplies.
+        mmas: MMAs of 16 rows of weights one above the other that a warp has.
+        across: warps that have the rows of a tile together: mmas * across is 1 to 16.
+        along: warps that share its K in turn.
         tokens: of a tile: 8, 16 or 32.
         split: CTAs of a cluster that share the K of a tile: 1, 2, 4 or 8.
-        warps: of a CTA, which share its K in turn.
         grouped: whether offsets and sizes are given; otherwise there is one group of all rows.
         activations: "bf16", or NVFP4 whose block scales are "linear" or "swizzled".
-        output: "bf16"; "swiglu", the activation in bf16; "nvfp4", the activation quantized, mmas % 2 == 0.
+        output: "bf16"; "swiglu", the activation in bf16; "nvfp4", the activation quantized, of whole 32 rows.
         column_scale: the weights' global scale: "one" for a group; "interleaved", gate and up rows in runs of
             8; "halves", gate rows, then up rows.
         clamped: the activation has a limit.
@@ -32,10 +34,11 @@ class Form:
         early: begin to load weights while the kernel before still runs.
     """
 
-    mmas: int = 4
+    mmas: int = 2
+    across: int = 4
+    along: int = 2
     tokens: int = 8
     split: int = 1
-    warps: int = 8
     grouped: bool = False
     activations: str = "bf16"
     output: str = "bf16"
@@ -52,7 +55,12 @@ class Form:
     @property
     def features(self) -> int:
         """Rows of weights in a tile."""
-        return MMA_ROWS * self.mmas
+        return MMA_ROWS * self.mmas * self.across
+
+    @property
+    def warps(self) -> int:
+        """That multiply."""
+        return self.across * self.along
 
     @property
     def threads(self) -> int:
@@ -62,19 +70,29 @@ class Form:
     @property
     def scale_chunks(self) -> int:
         """Chunks of 128 rows with the block scales of a tile, which may begin anywhere in the first one."""
-        each = CHUNK_ROWS // MMA_ROWS
-        if each % self.mmas == 0 or self.mmas % each == 0:
-            return -(-self.mmas // each)
-        return (self.mmas - 2) // each + 2
+        if CHUNK_ROWS % self.features == 0 or self.features % CHUNK_ROWS == 0:
+            return -(-self.features // CHUNK_ROWS)
+        return (self.features - 2 * MMA_ROWS) // CHUNK_ROWS + 2
+
+    @property
+    def token_boxes(self) -> int:
+        """Copies that bring a step's activations: 64 bf16 values are as much as TMA swizzles."""
+        return DEPTH // TOKEN_DEPTH if self.activations == "bf16" else 1
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a step's activations."""
+        return self.tokens * DEPTH * (16 if self.activations == "bf16" else 4) // 8
 
     @property
     def stage_bytes(self) -> int:
-        """Of a step: codes and block scales of weights."""
-        return self.features * DEPTH // 2 + self.scale_chunks * CHUNKS * CHUNK_BYTES
+        """Of a step: codes and block scales of weights, and activations."""
+        weights = self.features * DEPTH // 2 + self.scale_chunks * CHUNKS * CHUNK_BYTES
+        return weights + self.token_bytes
 
     @property
     def pitch(self) -> int:
-        """Floats from one token's sums of a warp to the next one's, so that banks differ."""
+        """Floats from one token's sums to the next one's, so that banks differ."""
         return self.features + 4
 
     @property
@@ -94,9 +112,9 @@ class Form:
 
     @property
     def part_bytes(self) -> int:
-        """Of the sums of all warps, and of those that the CTAs of a cluster give to one of them."""
+        """Of the sums of all warps along K, and of those that CTAs of a cluster give to one of them."""
         exchanged = self.split * self.slots * self.unit if self.split > 1 else 0
-        return 4 * (self.warps * self.tokens * self.pitch + exchanged)
+        return 4 * (self.along * self.tokens * self.pitch + exchanged)
 
     @property
     def stages(self) -> int:

@@ -1,10 +1,9 @@
-"""The warps that multiply tiles of few tokens on Hopper: one has weights brought, the others multiply them.
+"""The warps that multiply tiles of few tokens on Hopper: one has operands brought, the others multiply them.
 
-A tile is 16 to 256 rows of weights by 8 to 32 tokens. Every warp multiplies all of it for some of the steps
-of K, so that each weight and each activation is read from shared memory or L2 once by a CTA. The four threads
-that share a row in an MMA have 16 bytes of its codes each, two whole blocks; K may stand in any order as long
-as activations stand in the same one. These come straight from global memory, those of a warp's next step
-while it multiplies.
+A tile is 16 to 256 rows of weights by 8 to 32 tokens. Warps side by side have rows of their own; those along
+K take steps of it in turn, each with sums of its own, so that each weight is read from shared memory once.
+The four threads that share a row in an MMA have 16 bytes of its codes each, two whole blocks; K may stand in
+any order as long as activations stand in the same one.
 """
 
 # No annotations from __future__: the DSL reads them as types.
@@ -15,7 +14,7 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import cpasync
 from dsv4lab.kernels import decode_sm90a_registers as registers
 from dsv4lab.kernels.decode_sm90a_form import CHUNK_BYTES, CHUNK_ROWS, CHUNKS, DEPTH, MMA_ROWS, Form
-from dsv4lab.kernels.decode_sm90a_tokens import Tokens, fetch, fragments, raw_words
+from dsv4lab.kernels.decode_sm90a_tokens import Tokens, fetch_scales, fragments, token_box
 from dsv4lab.kernels.gemm_tiles import Tile, Work, begin, find
 
 _STEP_WORDS, _STEP_VECTORS = DEPTH // 8, DEPTH // 32  # of codes of a row in a step, 4 and 16 bytes each
@@ -37,13 +36,17 @@ class Ring:
     """Stages of shared memory.
 
     Attributes:
-        s_codes: (16 words, features, stages).
+        s_codes: (16 words, features, 1, stages).
         s_scales: (128 words, chunks along K, chunks along N, stages).
+        s_tokens: see decode_sm90a_tokens.token_tensor.
+        tokens: its words.
         full, empty: barriers of each stage.
     """
 
     s_codes: cute.Tensor
     s_scales: cute.Tensor
+    s_tokens: cute.Tensor
+    tokens: cute.Pointer
     full: cute.Pointer
     empty: cute.Pointer
 
@@ -91,7 +94,7 @@ def share(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
     return steps * rank // form.split, steps * (rank + 1) // form.split
 
 
-def _first_chunk(form: Form, work: Work, tile: Tile, n: Int32) -> Int32:
+def _first_chunk(form: Form, tile: Tile, n: Int32) -> Int32:
     """Of the block scales of a tile's rows."""
     return tile.group * cute.ceil_div(n, CHUNK_ROWS) + tile.column * form.features // CHUNK_ROWS
 
@@ -99,46 +102,79 @@ def _first_chunk(form: Form, work: Work, tile: Tile, n: Int32) -> Int32:
 @cute.jit
 def load_tiles(
     form: cutlass.Constexpr[Form], work: Work, first: Int32, step: Int32, rank: Int32, weights: Weights,
-    ring: Ring, n: Int32, k: Int32,
+    tokens: Tokens, ring: Ring, n: Int32,
 ):  # fmt: skip
-    """Bring this CTA's share of the weights of every tile, step after step.
+    """Bring this CTA's share of the operands of every tile, step after step.
 
     Args:
         first, step: numbers of the tiles.
         rank: of this CTA among those that share a tile.
     """
-    box, scale_box = _boxes(form)
-    g_codes = cute.local_tile(weights.m_codes, box, (None, None, None))
-    s_codes, g_codes = _partition(weights.load_codes, ring.s_codes, g_codes)
-    begins, ends = share(form, rank, k)
+    begins, ends = share(form, rank, tokens.k)
     tile, seen = find(work, form, begin(work, form), first)
     number, position = first, Int32(0)
+    if cutlass.const_expr(form.early):
+        # The weights of the first steps, before the activations are there.
+        count = cutlass.min(ends - begins, form.stages)
+        if tile.here:
+            for i in cutlass.range(count, unroll=1):
+                _load_weights(form, tile, weights, ring, n, begins + i, i)
+        cute.arch.griddepcontrol_wait()
     while tile.here:
-        moved = cute.domain_offset((0, 0, _first_chunk(form, work, tile, n)), weights.m_scales)
-        g_scales = cute.local_tile(moved, scale_box, (0, None, 0))
-        s_scales, g_scales = _partition(weights.load_scales, ring.s_scales, g_scales)
         for i in cutlass.range(begins, ends, unroll=1):
             slot, turn = position % form.stages, position // form.stages % 2
             # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
             cute.arch.mbarrier_wait(ring.empty + slot, turn ^ 1)
-            full = ring.full + slot
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
-            cute.copy(
-                weights.load_codes, g_codes[None, i, tile.column, tile.group], s_codes[None, slot],
-                tma_bar_ptr=full,
-            )  # fmt: skip
-            cute.copy(weights.load_scales, g_scales[None, i], s_scales[None, slot], tma_bar_ptr=full)
+            if cutlass.const_expr(form.early):
+                if position >= count:
+                    _load_weights(form, tile, weights, ring, n, i, slot)
+            else:
+                _load_weights(form, tile, weights, ring, n, i, slot)
+            _load_tokens(form, tile, tokens, ring, i, slot)
             position += 1
         number += step
         tile, seen = find(work, form, seen, number)
 
 
-def _partition(load, s_tensor: cute.Tensor, g_tensor: cute.Tensor):
+@cute.jit
+def _load_weights(
+    form: cutlass.Constexpr[Form], tile: Tile, weights: Weights, ring: Ring, n: Int32, step: Int32,
+    slot: Int32,
+):  # fmt: skip
+    """Begin a stage: announce all that it will hold, and ask for the weights."""
+    box, scale_box = _boxes(form)
+    g_codes = cute.local_tile(weights.m_codes, box, (None, None, None))
+    s_codes, g_codes = _partition(weights.load_codes, ring.s_codes, g_codes, 3)
+    moved = cute.domain_offset((0, 0, _first_chunk(form, tile, n)), weights.m_scales)
+    g_scales = cute.local_tile(moved, scale_box, (0, None, 0))
+    s_scales, g_scales = _partition(weights.load_scales, ring.s_scales, g_scales, 3)
+    full = ring.full + slot
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
+    source = g_codes[None, step, tile.column, tile.group]
+    cute.copy(weights.load_codes, source, s_codes[None, slot], tma_bar_ptr=full)
+    cute.copy(weights.load_scales, g_scales[None, step], s_scales[None, slot], tma_bar_ptr=full)
+
+
+@cute.jit
+def _load_tokens(
+    form: cutlass.Constexpr[Form], tile: Tile, tokens: Tokens, ring: Ring, step: Int32, slot: Int32
+):
+    """Ask for a stage's activations."""
+    g_tokens = cute.local_tile(tokens.m_values, token_box(form), (None, None))
+    s_tokens, g_tokens = _partition(tokens.load, ring.s_tokens, g_tokens, 2)
+    boxes, full = form.token_boxes, ring.full + slot
+    for i in cutlass.range_constexpr(boxes):
+        source = g_tokens[None, tile.row // form.tokens, step * boxes + i]
+        cute.copy(tokens.load, source, s_tokens[None, slot * boxes + i], tma_bar_ptr=full)
+
+
+def _partition(load, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
     """Boxes in shared and in global memory: (box, ...)."""
     return cpasync.tma_partition(
-        load, 0, cute.make_layout(1), cute.group_modes(s_tensor, 0, 3), cute.group_modes(g_tensor, 0, 3)
-    )
+        load, 0, cute.make_layout(1), cute.group_modes(s_tensor, 0, modes),
+        cute.group_modes(g_tensor, 0, modes),
+    )  # fmt: skip
 
 
 @cute.jit
@@ -154,20 +190,27 @@ def multiply_tile(
         r_sums: (4, form.tokens / 8, form.mmas), what is filled in.
     """
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    turn, aside = warp // form.across, warp % form.across * form.mmas
     r_sums.fill(0.0)
-    r_raw = cute.make_rmem_tensor((raw_words(form), form.tokens // 8), Uint32)
-    fetch(form, tokens, tile, begins + warp, ends, r_raw)
+    r_scales = cute.make_rmem_tensor(form.tokens // 8, Uint32)
+    if cutlass.const_expr(form.activations != "bf16"):
+        fetch_scales(form, tokens, tile, begins + turn, ends, r_scales)
     codes_at, scales_at, selector = _places()
-    for i in cutlass.range(warp, ends - begins, form.warps, unroll=1):
+    codes_at += aside * (MMA_ROWS * _STEP_VECTORS)
+    for i in cutlass.range(turn, ends - begins, form.along, unroll=1):
         at = position + i
-        slot, turn = at % form.stages, at // form.stages % 2
-        cute.arch.mbarrier_wait(ring.full + slot, turn)
-        r_tokens = fragments(form, r_raw)
-        fetch(form, tokens, tile, begins + i + form.warps, ends, r_raw)
-        for mma in cutlass.range_constexpr(form.mmas):
-            place = codes_at + mma * MMA_ROWS * _STEP_VECTORS, scales_at + _scale_place(form, tile, mma)
-            rows = _rows(form, ring, slot, place, selector)
-            _multiply_rows(rows, r_tokens, r_sums[None, None, mma])
+        slot = at % form.stages
+        cute.arch.mbarrier_wait(ring.full + slot, at // form.stages % 2)
+        r_tokens = fragments(form, ring.tokens, slot, r_scales)
+        if cutlass.const_expr(form.activations != "bf16"):
+            fetch_scales(form, tokens, tile, begins + i + form.along, ends, r_scales)
+        for first in cutlass.range_constexpr(0, form.mmas, 2):
+            pair = []
+            for mma in cutlass.range_constexpr(first, min(first + 2, form.mmas)):
+                scale_at = scales_at + _scale_place(form, tile, aside + mma)
+                place = codes_at + mma * MMA_ROWS * _STEP_VECTORS, scale_at
+                pair.append((mma, _rows(form, ring, slot, place, selector)))
+            _multiply_rows(pair, r_tokens, r_sums)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(ring.empty + slot)
@@ -184,9 +227,9 @@ def _places():
     return row * _STEP_VECTORS + quarter, (quarter >> 1) * _CHUNK_WORDS + row * 4, selector
 
 
-def _scale_place(form: Form, tile: Tile, mma: int) -> Int32:
+def _scale_place(form: Form, tile: Tile, mma: Int32) -> Int32:
     """Of the first of 16 rows, counted in words from a stage's first block scale, see dsv4lab.layouts."""
-    begin = tile.column * form.mmas
+    begin = tile.column * (form.features // MMA_ROWS)
     rows = begin + mma
     return ((rows >> 3) - (begin >> 3)) * CHUNKS * _CHUNK_WORDS + (rows & 1) * 64 + (rows >> 1 & 3)
 
@@ -207,22 +250,23 @@ def _rows(form: Form, ring: Ring, slot: Int32, place: tuple, selector: Uint32) -
     return rows
 
 
-def _multiply_rows(rows: list, r_tokens: list, r_sums: cute.Tensor) -> None:
-    """16 rows of weights by all tokens for a step.
+def _multiply_rows(pair: list, r_tokens: list, r_sums: cute.Tensor) -> None:
+    """Up to twice 16 rows of weights by all tokens for a step, MMAs of both in turn: each waits for its last.
 
     Args:
-        rows: codes and scales of this lane's two rows.
+        pair: which MMAs, and codes and scales of this lane's two rows of each.
         r_tokens: fragments of each 8 tokens.
-        r_sums: (4, form.tokens / 8).
     """
-    (codes, scales), (other_codes, other_scales) = rows
     for i in range(4):
-        pairs = registers.decoded(codes[i], scales[i // 2])
-        others = registers.decoded(other_codes[i], other_scales[i // 2])
+        decoded = [
+            (mma, *(registers.decoded(codes[i], scales[i // 2]) for codes, scales in rows))
+            for mma, rows in pair
+        ]
         for j in (0, 2):
-            a = [pairs[j], others[j], pairs[j + 1], others[j + 1]]
-            for block, words in enumerate(r_tokens):
-                b = words[4 * i + j : 4 * i + j + 2]
-                sums = registers.multiply(a, b, [r_sums[s, block] for s in range(4)])
-                for s in range(4):
-                    r_sums[s, block] = sums[s]
+            for mma, pairs, others in decoded:
+                a = [pairs[j], others[j], pairs[j + 1], others[j + 1]]
+                for block, words in enumerate(r_tokens):
+                    b = words[4 * i + j : 4 * i + j + 2]
+                    sums = registers.multiply(a, b, [r_sums[s, block, mma] for s in range(4)])
+                    for s in range(4):
+                        r_sums[s, block, mma] = sums[s]

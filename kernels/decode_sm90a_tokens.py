@@ -1,8 +1,8 @@
-"""Activations as fragments of MMAs, straight from global memory.
+"""Activations as fragments of MMAs, from shared memory, where TMA puts them beside the weights.
 
 Lane 4 i + j has token i of each 8, and of its K what the lane has of weights: 32 values from 32 j on of the
-128 of a step. They are bf16 values or, decoded like the weights, NVFP4 codes; tokens that are not there and
-what is beyond K are zero.
+128 of a step. They are bf16 values, whose 16 bytes TMA swizzles, or, decoded like the weights, NVFP4 codes.
+Rows behind the last token hold anything: they only reach sums that nobody reads.
 """
 
 # No annotations from __future__: the DSL reads them as types.
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import cutlass
 from cutlass import Int32, Int64, Uint16, Uint32, cute
+from cutlass.cute.nvgpu import cpasync
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
 from dsv4lab.kernels import decode_sm90a_registers as registers
-from dsv4lab.kernels.decode_sm90a_form import DEPTH, Form
+from dsv4lab.kernels.decode_sm90a_form import DEPTH, TOKEN_DEPTH, Form
 from dsv4lab.kernels.gemm_tiles import Tile
 from dsv4lab.kernels.rows import swizzled_offset
 
-_MINE = DEPTH // 4  # values of a lane
-_SCALES = 4  # which word of a lane holds its two block scales
+_WORDS = DEPTH // 8  # of codes of a token in a step
 
 
 @dataclass(frozen=True)
@@ -24,70 +26,107 @@ class Tokens:
     """All activations.
 
     Attributes:
-        words: of values (rows, k), k % 32 == 0.
+        load: copies by TMA.
+        m_values: what they read, as coordinates.
         scales: bytes of block scales of NVFP4.
         rows, k: sizes.
     """
 
-    words: cute.Pointer
+    load: cute.CopyAtom
+    m_values: cute.Tensor
     scales: cute.Pointer
     rows: Int32
     k: Int32
 
 
-def raw_words(form: Form) -> int:
-    """That a lane has of a token and step: values, or codes and two block scales."""
-    return _MINE // 2 if form.activations == "bf16" else _SCALES + 1
+@cute.jit
+def tokens_of(
+    form: cutlass.Constexpr[Form], values: cute.Pointer, scales: cute.Pointer, rows: Int32, k: Int32
+) -> Tokens:
+    """A descriptor for TMA of bf16 values (rows, k), or of NVFP4 codes; k % 32 == 0."""
+    element, width = (cutlass.BFloat16, k) if form.activations == "bf16" else (Uint32, k // 8)
+    width = cute.assume(width, 128 // element.width)
+    m_values = cute.make_tensor(
+        cute.recast_ptr(values, dtype=element), cute.make_layout((rows, width), stride=(width, 1))
+    )
+    stage = cute.select(token_layout(form), mode=[0, 1])
+    info = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), m_values, stage, token_box(form))
+    return Tokens(info.atom, info.tma_tensor, cute.recast_ptr(scales, dtype=cutlass.Uint8), rows, k)
+
+
+def token_box(form: Form) -> tuple[int, int]:
+    """What a copy brings: tokens by values, or by words of codes."""
+    return form.tokens, TOKEN_DEPTH if form.activations == "bf16" else _WORDS
+
+
+def token_layout(form: Form) -> cute.Layout | cute.ComposedLayout:
+    """Of all stages: (tokens, values, copies), or words of codes."""
+    boxes = form.token_boxes * form.stages
+    if form.activations == "bf16":
+        tile = (64, *token_box(form))
+        return hopper_helpers.make_smem_layout_b(LayoutEnum.ROW_MAJOR, tile, cutlass.BFloat16, boxes)
+    return cute.make_ordered_layout((*token_box(form), boxes), order=(1, 0, 2))
+
+
+def token_tensor(form: Form, begin: cute.Pointer) -> cute.Tensor:
+    """All stages as TMA fills them, from an address that is a multiple of 1024."""
+    layout = token_layout(form)
+    if form.activations != "bf16":
+        return cute.make_tensor(begin, layout)
+    begin = cute.recast_ptr(begin, swizzle_=layout.inner, dtype=cutlass.BFloat16)
+    return cute.make_tensor(begin, layout.outer)
 
 
 @cute.jit
-def fetch(
-    form: cutlass.Constexpr[Form], tokens: Tokens, tile: Tile, step: Int32, ends: Int32, r_raw: cute.Tensor
+def fetch_scales(
+    form: cutlass.Constexpr[Form], tokens: Tokens, tile: Tile, step: Int32, ends: Int32, r_scales: cute.Tensor
 ):
-    """Read a step's activations, zeros from the step `ends` on.
+    """Read this lane's two block scales of each 8 tokens, zeros from the step `ends` on.
 
     Args:
-        r_raw: (raw_words(form), form.tokens / 8), what is filled in.
+        r_scales: (form.tokens / 8) words, what is filled in.
     """
     lane = cute.arch.lane_idx()
-    begin = step * DEPTH + (lane & 3) * _MINE
-    r_raw.fill(0)
+    column = step * (DEPTH // 16) + (lane & 3) * 2
+    columns = tokens.k >> 4
+    r_scales.fill(0)
+    pairs = cute.make_tensor(cute.recast_ptr(tokens.scales, dtype=Uint16), cute.make_layout(1))
     for block in cutlass.range_constexpr(form.tokens // 8):
         token = block * 8 + (lane >> 2)
-        if step < ends and begin < tokens.k and token < tile.left:
+        if step < ends and column < columns and token < tile.left:
             row = tile.row + token
-            if cutlass.const_expr(form.activations == "bf16"):
-                _copy(tokens.words, Int64(row) * (tokens.k >> 3) + (begin >> 3), r_raw[None, block])
-            else:
-                _copy(tokens.words, Int64(row) * (tokens.k >> 5) + (begin >> 5), r_raw[None, block])
-                columns, column = tokens.k >> 4, begin >> 4
-                at = Int64(row) * columns + column
-                if cutlass.const_expr(form.activations == "swizzled"):
-                    at = swizzled_offset(Int32(0), row, column, tokens.rows, columns)
-                pairs = cute.recast_ptr(tokens.scales, dtype=Uint16)
-                r_raw[_SCALES, block] = cute.make_tensor(pairs + (at >> 1), cute.make_layout(1))[0].to(Uint32)
+            at = Int64(row) * columns + column
+            if cutlass.const_expr(form.activations == "swizzled"):
+                at = swizzled_offset(Int32(0), row, column, tokens.rows, columns)
+            r_scales[block] = cute.make_tensor(pairs.iterator + (at >> 1), cute.make_layout(1))[0].to(Uint32)
 
 
-def _copy(words: cute.Pointer, number: Int64, r_words: cute.Tensor) -> None:
-    """All 16 bytes that there is room for, from that number of them on."""
-    count = cute.size(r_words) // 4
-    vectors = cute.make_tensor(words, cute.make_layout((4, 1 << 30)))
-    for i in range(count):
-        r_vector = cute.make_rmem_tensor(4, Uint32)
-        cute.autovec_copy(vectors[None, number + i], r_vector)
-        for j in range(4):
-            r_words[4 * i + j] = r_vector[j]
+def fragments(form: Form, begin: cute.Pointer, slot: Int32, r_scales: cute.Tensor) -> list[list[Uint32]]:
+    """For each 8 tokens 16 words: the pairs of `decoded` for each word of codes that a lane has of weights.
 
-
-def fragments(form: Form, r_raw: cute.Tensor) -> list[list[Uint32]]:
-    """For each 8 tokens 16 words, those of a word of codes after those of the one before."""
+    Args:
+        begin: words of all stages.
+        r_scales: of NVFP4, see `fetch_scales`.
+    """
+    lane, stage = cute.arch.lane_idx(), form.token_bytes // 16
+    token, quarter = lane >> 2, lane & 3
+    s_vectors = cute.make_tensor(begin, cute.make_layout((4, form.stages * stage)))
     found = []
     for block in range(form.tokens // 8):
-        words = [r_raw[i, block] for i in range(raw_words(form))]
         if form.activations == "bf16":
-            quads = [registers.paired(words[i : i + 4]) for i in range(0, len(words), 4)]
+            # Each 64 values of a token are 8 times 16 bytes, of which number i stands at i ^ (token % 8).
+            first = slot * stage + (quarter >> 1) * (form.tokens * 8) + (block * 8 + token) * 8
+            swizzle = (quarter & 1) * 4 ^ token
+            quads = [registers.paired(_vector(s_vectors, first + (swizzle ^ i))) for i in range(4)]
         else:
-            scales = registers.scale_pair(words[_SCALES], Uint32(0x4140))
+            words = _vector(s_vectors, slot * stage + (block * 8 + token) * 4 + quarter)
+            scales = registers.scale_pair(r_scales[block], Uint32(0x4140))
             quads = [registers.decoded(words[i], scales[i // 2]) for i in range(4)]
         found.append([word for quad in quads for word in quad])
     return found
+
+
+def _vector(s_vectors: cute.Tensor, number: Int32) -> list[Uint32]:
+    r_vector = cute.make_rmem_tensor(4, Uint32)
+    cute.autovec_copy(s_vectors[None, number], r_vector)
+    return [r_vector[i] for i in range(4)]
