@@ -70,7 +70,7 @@ def tiled_mma(form: Form) -> cute.TiledMma:
 
 def arrivals(form: Form) -> int:
     """At the barrier of a stage that was read: of all warps that multiply with what this CTA loads."""
-    return 4 * form.all_warpgroups * (2 if form.pair else 1)
+    return 4 * form.all_warpgroups * form.mates
 
 
 @cute.jit
@@ -102,11 +102,11 @@ def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int3
     s_codes = cute.tile_to_shape(atom, (form.features, form.code_bytes, form.stages), order=(0, 1, 2))
     s_scales = cute.make_layout((_WORDS, form.slices, 1, form.stages))
     one = cpasync.CopyBulkTensorTileG2SOp()
-    shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if form.pair else one
+    shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if form.mates > 1 else one
     infos = [
         cpasync.make_tiled_tma_atom(
             shared, m_tokens, cute.slice_(s_tokens, (None, None, 0)), (form.rows, SLICE),
-            num_multicast=2 if form.pair else 1,
+            num_multicast=form.mates,
         ),
         cpasync.make_tiled_tma_atom(
             one, m_codes, cute.slice_(s_codes, (None, None, 0)), (form.features, form.code_bytes)
@@ -120,11 +120,11 @@ def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int3
 
 
 @cute.jit
-def stages_of(form: cutlass.Constexpr[Form], rank: Int32, k: Int32):
-    """First and last stage along K that the CTA of this rank multiplies."""
+def stages_of(form: cutlass.Constexpr[Form], share: Int32, k: Int32):
+    """First and last stage along K that a CTA with this share multiplies."""
     steps = cute.ceil_div(k, form.depth)
     if cutlass.const_expr(form.split > 1):
-        return steps * rank // form.split, steps * (rank + 1) // form.split
+        return steps * share // form.split, steps * (share + 1) // form.split
     return Int32(0), steps
 
 
@@ -142,20 +142,21 @@ def load_tile(
         stage, phase: of the ring, where the first ones go; gives those that are next.
     """
     m_tokens, m_codes, m_scales = given.tensors
-    both = cute.make_layout(2 if cutlass.const_expr(form.pair) else 1)
-    mask = Int32(3).to(cutlass.Int16) if cutlass.const_expr(form.pair) else None
-    part = rank if cutlass.const_expr(form.pair) else 0
+    mates, mate, mask = cute.make_layout(form.mates), 0, None
+    if cutlass.const_expr(form.mates > 1):
+        mate = rank % form.mates
+        mask = (Int32((1 << form.mates) - 1) << (rank - mate)).to(cutlass.Int16)
     g_tokens = cute.local_tile(cute.domain_offset((tile.row, 0), m_tokens), (form.rows, SLICE), (0, None))
     g_codes = cute.local_tile(m_codes, (form.features, form.code_bytes), (feature_tile, None, tile.group))
     block = tile.group * columns + feature_tile * form.features // SCALE_ROWS
     g_scales = cute.local_tile(m_scales, (_WORDS, form.slices, 1), (0, None, block))
-    s_tokens, g_tokens = _partition(given.loads[0], part, both, ring.s_tokens, g_tokens, 2)
+    s_tokens, g_tokens = _partition(given.loads[0], mate, mates, ring.s_tokens, g_tokens, 2)
     s_codes, g_codes = _partition(given.loads[1], 0, cute.make_layout(1), ring.s_codes, g_codes, 2)
     s_scales, g_scales = _partition(given.loads[2], 0, cute.make_layout(1), ring.s_scales, g_scales, 3)
     for i in cutlass.range(begins, ends, unroll=1):
         full = ring.full + stage
         # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
-        cute.arch.mbarrier_wait(ring.free + stage, phase ^ 1)
+        wait(ring.free + stage, phase ^ 1)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
         cute.copy(given.loads[1], g_codes[None, i], s_codes[None, stage], tma_bar_ptr=full)
@@ -188,7 +189,7 @@ def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, mo
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
-    part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32,
+    rank: Int32, part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32,
 ):  # fmt: skip
     """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
 
@@ -201,7 +202,7 @@ def multiply_tile(
     mma.set(warpgroup.Field.ACCUMULATE, False)
     first, before = part_of_stage * form.own_slices, stage
     for i in cutlass.range(steps, unroll=1):
-        cute.arch.mbarrier_wait(ring.full + stage, phase)
+        wait(ring.full + stage, phase)
         for part in cutlass.range_constexpr(form.own_slices):
             r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
             r_words = cute.recast_tensor(r_weights, Uint32)
@@ -214,27 +215,45 @@ def multiply_tile(
                 where = (None, None, step, stage * form.slices + first + part)
                 cute.gemm(mma, r_sums, r_weights[None, None, step], r_tokens[where], r_sums)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
+                warpgroup.commit_group()
             # MMAs before these are done, so that their stage may be filled again.
-            warpgroup.wait_group(1)
+            warpgroup.wait_group(cute.size(r_tokens, mode=[2]))
             if cutlass.const_expr(part == 0) and i > 0:
-                release(form, ring, before)
+                release(form, ring, rank, before)
         first, before = part_of_stage * form.own_slices, stage
         stage, phase = _next(form, stage, phase)
     warpgroup.wait_group(0)
     if steps > 0:
-        release(form, ring, before)
+        release(form, ring, rank, before)
     return stage, phase
 
 
 @cute.jit
-def release(form: cutlass.Constexpr[Form], ring: Ring, stage: Int32):
+def release(form: cutlass.Constexpr[Form], ring: Ring, rank: Int32, stage: Int32):
     """This warp has read a stage."""
     free = ring.free + stage
     lane = cute.arch.lane_idx()
-    if cutlass.const_expr(form.pair):
-        # Half of the tokens came from the other CTA, which must not send more of them too early.
-        if lane < 2:
-            cute.arch.mbarrier_arrive(free, lane)
+    if cutlass.const_expr(form.mates > 1):
+        # Tokens came from all mates, which must not send more of them too early.
+        if lane < form.mates:
+            cute.arch.mbarrier_arrive(free, rank // form.mates * form.mates + lane)
     elif lane == 0:
         cute.arch.mbarrier_arrive(free)
+
+
+@cute.jit
+def wait(barrier: cute.Pointer, phase: Int32):
+    """Until a phase is over, without the DSL's sleep, from which threads wake late."""
+    address = barrier.toint()
+    done = _asked(address, phase)
+    while done == 0:
+        done = _asked(address, phase)
+
+
+def _asked(address: Int32, phase: Int32) -> Int32:
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{$r0}], {$r1}; "
+        "selp.b32 {$w0}, 1, 0, p; }",
+        write_only_types=[Int32],
+        read_only_args=[address, phase],
+    )

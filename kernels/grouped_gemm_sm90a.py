@@ -55,7 +55,7 @@ class Many:
     depth: int = 128
     halves: int = 1
     split: int = 1
-    pair: bool = False
+    mates: int = 1
 
 
 @cute.kernel
@@ -92,7 +92,7 @@ def _kernel(
     if cutlass.const_expr(form.ctas > 1):
         meet(form)
 
-    begins, ends = stages_of(form, rank, k)
+    begins, ends = stages_of(form, rank // form.mates, k)
     tile, seen = find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
     if warp >= 4 * form.all_warpgroups:
@@ -117,7 +117,7 @@ def _kernel(
         if cutlass.const_expr(form.registers):
             cute.arch.setmaxregister_increase(form.registers)
         taker = warp // (4 * form.warpgroups)
-        share = rank * form.halves + taker if cutlass.const_expr(form.split > 1) else taker
+        share = rank // form.mates * form.halves + taker if cutlass.const_expr(form.split > 1) else taker
         if cutlass.const_expr(form.output == "nvfp4"):
             warps = cutlass.const_expr(4 * form.all_warpgroups)
             clear_pads(form, work, out.scales, out.columns, block * warps + warp, blocks * warps)
@@ -128,14 +128,16 @@ def _kernel(
             half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
             at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), taker, half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
-            stage, phase = multiply_tile(form, mma, ring, at, r_sums, taker, ends - begins, stage, phase)
+            stage, phase = multiply_tile(
+                form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase
+            )
             number += step
             following, seen = find(work, form, seen, number)
             r_total = r_sums
             if cutlass.const_expr(form.shares > 1):
                 r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
                 meet(form)
-                give(form, s_parts, r_sums, share)
+                give(form, s_parts, r_sums, rank, share)
                 meet(form)
                 total(form, s_parts, taker, r_total)
             s_own = cute.make_tensor(s_factors.iterator + taker * form.stored, cute.make_layout(form.stored))
@@ -148,7 +150,7 @@ def _kernel(
         if warp % 4 == 0:
             with cute.arch.elect_one():
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-    if cutlass.const_expr(form.pair):
+    if cutlass.const_expr(form.mates > 1):
         # Nobody leaves while another one may still arrive here.
         meet(form)
 
@@ -158,7 +160,7 @@ _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled
 
 def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
     """Number of this CTA's tile of weights."""
-    return tile.column * 2 + rank if form.pair else tile.column
+    return tile.column * form.mates + rank % form.mates if form.mates > 1 else tile.column
 
 
 def make(form: Form):
@@ -211,7 +213,7 @@ def run(product, output, choice: Many) -> None:
         dequantize(product.a, product.a_scales, one, "tensor", swizzled, False, tokens.dtype, tokens)
     form = Form(
         choice.rows, choice.warpgroups, choice.depth, choice.halves, choice.split,
-        choice.pair,
+        choice.mates,
         scaled=product.g_a is not None, grouped=product.offsets is not None, output=output.kind,
         column_scale=product.column_scale, clamped=output.limit is not None, swizzled=output.swizzled,
         wide=n // 2 % 32 == 0,

@@ -24,10 +24,10 @@ CHOICES = (
     Many(96, 1, 64, split=2),  # K ends within a CTA's share, chunks of block scales are shared by tiles
     Many(64, 2, 128, split=4),
     Many(192, 2, 64),  # registers are moved, tiles reach into the next group
-    Many(64, 2, 256, pair=True),
+    Many(64, 1, 256, mates=2, split=2),
     Many(64, 2, 128, halves=2),  # four warpgroups, of which two multiply each half of a stage
     Many(128, 1, 256, halves=2, split=2),
-    Many(256, 2, 64, pair=True),
+    Many(256, 2, 64, mates=2),
 )
 EVERY = pytest.mark.parametrize("choice", CHOICES, ids=str)
 
