@@ -1,4 +1,4 @@
-"""What every test and notebook runs under: hardware gates."""
+"""What every test and notebook runs under: hardware gates, and a wake-up that is not lost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from nbclient.output_widget import OutputWidget
 
 # Before anything imports torch: threads that spin while waiting starve the other test processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# nbclient tells the kernel what an output widget shows, over the socket on which it awaits the cell's reply.
+# Now and then that loses the reply's wake-up, and the cell seems to last until nbmake's time is over. No kernel
+# needs to be told.
+OutputWidget.send = lambda *_, **__: None
 
 
 def notebook_needs(path: Path) -> list[str]:

@@ -132,8 +132,16 @@ def execute(notebook: NotebookNode, name: str, folder: Path) -> None:
     """Fills in a notebook's outputs, as pages show them: figures for widgets, stubs' errors in one line."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from nbclient.output_widget import OutputWidget
+
+    class Mute(OutputWidget):
+        """Does not tell the kernel what it shows: now and then that loses the wake-up of a cell's reply."""
+
+        def send(self, *_, **__) -> None:
+            pass
 
     client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}})
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": Mute}}
     try:
         client.execute()
     except CellExecutionError as error:
