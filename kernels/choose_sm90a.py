@@ -30,7 +30,6 @@ class Decode:
     along: int
     tokens: int
     split: int
-    early: bool = False
 
 
 CHOICES = tuple(

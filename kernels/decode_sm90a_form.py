@@ -31,7 +31,6 @@ class Form:
             8; "halves", gate rows, then up rows.
         clamped: the activation has a limit.
         swizzled: of "nvfp4", the layout of block scales.
-        early: begin to load weights while the kernel before still runs.
     """
 
     mmas: int = 2
@@ -45,7 +44,6 @@ class Form:
     column_scale: str = "one"
     clamped: bool = False
     swizzled: bool = True
-    early: bool = False
 
     @property
     def rows(self) -> int:

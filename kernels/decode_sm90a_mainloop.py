@@ -102,22 +102,25 @@ def _first_chunk(form: Form, tile: Tile, n: Int32) -> Int32:
 @cute.jit
 def load_tiles(
     form: cutlass.Constexpr[Form], work: Work, first: Int32, step: Int32, rank: Int32, weights: Weights,
-    tokens: Tokens, ring: Ring, n: Int32,
+    tokens: Tokens, ring: Ring, n: Int32, settled: Int32,
 ):  # fmt: skip
     """Bring this CTA's share of the operands of every tile, step after step.
 
     Args:
         first, step: numbers of the tiles.
         rank: of this CTA among those that share a tile.
+        settled: 1 if weights may be read while the kernel before this one still runs, else 0.
     """
+    if cutlass.const_expr(form.grouped):
+        # It may have written which groups there are.
+        cute.arch.griddepcontrol_wait()
     begins, ends = share(form, rank, tokens.k)
     tile, seen = find(work, form, begin(work, form), first)
-    number, position = first, Int32(0)
-    if cutlass.const_expr(form.early):
-        # The weights of the first steps, before the activations are there.
-        count = cutlass.min(ends - begins, form.stages)
-        if tile.here:
-            for i in cutlass.range(count, unroll=1):
+    number, position, asked = first, Int32(0), Int32(0)
+    if cutlass.const_expr(not form.grouped):
+        if tile.here and settled != 0:
+            asked = cutlass.min(ends - begins, form.stages)
+            for i in cutlass.range(asked, unroll=1):
                 _load_weights(form, tile, weights, ring, n, begins + i, i)
         cute.arch.griddepcontrol_wait()
     while tile.here:
@@ -125,10 +128,7 @@ def load_tiles(
             slot, turn = position % form.stages, position // form.stages % 2
             # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
             cute.arch.mbarrier_wait(ring.empty + slot, turn ^ 1)
-            if cutlass.const_expr(form.early):
-                if position >= count:
-                    _load_weights(form, tile, weights, ring, n, i, slot)
-            else:
+            if position >= asked:
                 _load_weights(form, tile, weights, ring, n, i, slot)
             _load_tokens(form, tile, tokens, ring, i, slot)
             position += 1

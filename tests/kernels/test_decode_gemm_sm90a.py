@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from dsv4lab.kernels import decode_gemm_sm90a, gemm, hopper_gemm
+from dsv4lab.kernels import gemm_weights as weights
 from dsv4lab.kernels.choose_sm90a import Decode
 from dsv4lab.kernels.decode_sm90a_form import DEPTH
 from torch import Tensor
@@ -92,7 +93,7 @@ def few_sms(monkeypatch):
         (17, Decode(5, 1, 2, 16, 2), 384, 64),
         (9, Decode(7, 1, 3, 16, 1), 448, 2048),  # tiles that begin in the middle of a chunk of scales
         (40, Decode(2, 2, 2, 32, 4), 256, 1024),
-        (3, Decode(2, 1, 2, 8, 2, early=True), 264, 8192),
+        (3, Decode(2, 1, 2, 8, 2), 264, 8192),
     ],
     ids=str,
 )
@@ -106,7 +107,7 @@ def test_one_group_of_bf16(rows, choice, n, k, cases, gpu):
     ("granularity", "weights", "choice"),
     [
         ("tensor", "group", Decode(2, 2, 3, 8, 1)),
-        ("token", "interleaved", Decode(3, 2, 2, 16, 2, early=True)),
+        ("token", "interleaved", Decode(3, 2, 2, 16, 2)),
         ("group", "halves", Decode(3, 1, 2, 8, 2)),
     ],
 )
@@ -118,6 +119,18 @@ def test_groups_of_which_some_are_empty(granularity, weights, choice, layout, ca
     b = cases.nvfp4((7, n, k), 5, g_b, interleaved=weights == "interleaved")
     found = multiply(swizzled(a) if layout == "swizzled" else a, b, where, choice)[0]
     cases.check(found, sums(cases, a, b, where, choice), where)
+
+
+def test_weights_that_are_settled_come_first(cases, gpu):
+    """More steps than stages, so that some of them are asked for early and some are not."""
+    where, choice = cases.one_group(3), Decode(2, 1, 2, 8, 2)
+    a, b = bf16((3, 16384)), cases.nvfp4((72, 16384), 2)
+    first = multiply(a, b, where, choice)[0]
+    cases.check(first, sums(cases, a, b, where, choice), where)
+    assert weights.are_settled(b.codes, b.block_scales)
+    assert torch.equal(multiply(a, b, where, choice)[0], first)
+    b.codes[0, 0] ^= 0x11
+    assert not weights.are_settled(b.codes, b.block_scales) and weights.are_settled(b.codes, b.block_scales)
 
 
 @on({"mma": "hardware"})
