@@ -13,8 +13,8 @@ from nbclient.output_widget import OutputWidget
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # nbclient tells the kernel what an output widget shows, over the socket on which it awaits the cell's reply.
-# Now and then that loses the reply's wake-up, and the cell seems to last until nbmake's time is over. No kernel
-# needs to be told.
+# Now and then that loses the reply's wake-up, and the cell seems to last until nbmake's time is over. The
+# kernel need not be told.
 OutputWidget.send = lambda *_, **__: None
 
 
