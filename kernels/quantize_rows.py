@@ -61,7 +61,7 @@ def _quantize_rows(
     blocks = Blocks(form, m_x, m_mix, m_weight, columns, limit, lane)
     rrms = Float32(0)
     if cutlass.const_expr(form.scale == "known"):
-        copy_known(m_known, m_g, known)
+        copy_known(form.threads, m_known, m_g, known)
 
     # Where there is one matrix, or each CTA has but one tile of it, the loops are none.
     y, matrices, step_y = (y, matrices, step_y) if cutlass.const_expr(form.matrices) else (0, 1, 1)
@@ -139,7 +139,7 @@ def _quantize_rows(
                 part = Int64(matrix) * step_x + x
                 cute.make_tensor(m_codes + part, cute.make_layout(1))[0] = matrix_high
         if cutlass.const_expr(form.output == "codes" and form.swizzled):
-            pad_swizzled(cute.recast_ptr(m_scales, dtype=Uint32), matrix, rows, columns, pads)
+            pad_swizzled(form.threads, cute.recast_ptr(m_scales, dtype=Uint32), matrix, rows, columns, pads)
 
 
 _quantize_rows.set_name_prefix("quantize_rows", remove_cutlass_symbol=True, keep_mangled_name=False)

@@ -55,10 +55,13 @@ def scale_of_row(
 
 
 @cute.jit
-def copy_known(m_known: cute.Pointer, m_g: cute.Pointer, count: Int32):
-    """The known scales, checked, as the operation's third result."""
+def copy_known(threads: cutlass.Constexpr[int], m_known: cute.Pointer, m_g: cute.Pointer, count: Int32):
+    """The known scales, checked, as the operation's third result.
+
+    `threads` of a CTA are a constant: where they are 1024, the compiler takes block_dim for impossible, and
+    makes an endless loop of steps by it.
+    """
     thread, _, _ = cute.arch.thread_idx()
-    threads, _, _ = cute.arch.block_dim()
     (x, y, _), (step_x, step_y, _) = cute.arch.block_idx(), cute.arch.grid_dim()
     g_in = cute.make_tensor(m_known, cute.make_layout(count))
     g_out = cute.make_tensor(m_g, cute.make_layout(count))

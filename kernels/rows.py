@@ -167,14 +167,20 @@ def store(m_words: cute.Pointer, offset: Int64, r_words: cute.Tensor):
 
 
 @cute.jit
-def pad_swizzled(m_words: cute.Pointer, matrix: Int32, rows: Int32, columns: Int32, chunks: Int32):
+def pad_swizzled(
+    threads: cutlass.Constexpr[int],
+    m_words: cute.Pointer,
+    matrix: Int32,
+    rows: Int32,
+    columns: Int32,
+    chunks: Int32,
+):
     """Zeros in the rows that fill one of several matrices (rows, columns) of scales up to a multiple of 128.
 
     A chunk of 16 bytes has the scales of 4 columns in rows i, i + 32, i + 64 and i + 96 of a tile; there are
-    `chunks` in a matrix's last 128 rows, or 0 where these are all real.
+    `chunks` in a matrix's last 128 rows, or 0 where these are all real. A CTA has so many `threads`.
     """
     thread, _, _ = cute.arch.thread_idx()
-    threads, _, _ = cute.arch.block_dim()
     (x, _, _), (step, _, _) = cute.arch.block_idx(), cute.arch.grid_dim()
     tiles = (columns + 3) >> 2
     zeros = cute.make_rmem_tensor(4, Uint32)

@@ -105,6 +105,14 @@ def test_tensor_scale_of_more_than_a_cluster_holds(gpu, dtype, swizzled):
     assert len(gpu.launches) == launches + 2
 
 
+def test_as_many_threads_as_a_cta_may_have(gpu):
+    """1024, of which the compiler does not believe that there are so many."""
+    x = data(2, 16384)
+    for policy in ("known", "token"):
+        check("quantize", x, *scale_for(x, policy), DIVISOR, True)
+        assert gpu.runs[-1].launch.block[0] == 1024
+
+
 @pytest.mark.parametrize("policy", ["tensor", "token", "known"])
 def test_rows_that_do_not_fit_into_registers(gpu, policy):
     x = data(2, 16 * 2051)
