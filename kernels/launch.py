@@ -200,6 +200,11 @@ def compile_to_disk(make: Factory, config: tuple, kinds: tuple[str, ...], device
     _from_disk(make, config, target(device), [*values, cuda.CUstream(0)])
 
 
+def on_disk(make: Factory, config: tuple, device: torch.device) -> bool:
+    """Whether a kernel is compiled and kept."""
+    return (cache_folder() / (cache_name(make, config, target(device)) + _SUFFIX)).exists()
+
+
 def _kind(argument: Argument) -> str:
     """The name of an element type that a pointer is to, or of a number's type."""
     if isinstance(argument, As):

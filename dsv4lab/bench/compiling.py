@@ -16,6 +16,9 @@ import torch
 from . import rivals
 from .cases import Case
 
+FEW = 4
+"""Kernels that are compiled where they are called."""
+
 
 def compile_first(
     cases: Sequence[Case],
@@ -47,10 +50,15 @@ def compile_all(
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     jobs: int | None = None,
 ) -> None:
-    """Compile what was `noted` to disk, if it is for a GPU."""
-    jobs = min(jobs or min(os.cpu_count() or 1, 16), len(kernels))
-    if jobs < 2 or device.type != "cuda":
+    """Compile what was `noted` to disk, if it is for a GPU and not there yet."""
+    from dsv4lab.kernels.launch import on_disk
+
+    if device.type != "cuda":
         return
+    kernels = {key: kinds for key, kinds in kernels.items() if not on_disk(*key, device)}
+    jobs = min(jobs or min(os.cpu_count() or 1, 16), len(kernels))
+    if jobs < FEW:
+        return  # a process of its own takes longer to begin
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(_compile, *key, kinds, str(device)) for key, kinds in kernels.items()]
         for done, future in enumerate(as_completed(waiting)):

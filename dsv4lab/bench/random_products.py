@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +194,20 @@ def draw(r: random.Random) -> Product:
     )
 
 
+def needed(
+    products: Sequence[Product],
+    backend: str,
+    device: torch.device,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> dict:
+    """The kernels of products, see `compiling.compile_all`; none where no GPU is."""
+    kernels = {}
+    for i, product in enumerate(products if device.type == "cuda" else ()):
+        progress(i, len(products), "looking")
+        kernels |= compiling.noted(lambda p=product, i=i: p.run(p.make(device, i), backend))
+    return kernels
+
+
 def run_many(
     products: Iterable[Product],
     backend: str,
@@ -206,11 +220,7 @@ def run_many(
         AssertionError: naming the product that is wrong.
     """
     products = list(products)
-    kernels = {}
-    for i, product in enumerate(products):
-        progress(i, len(products), "looking")
-        kernels |= compiling.noted(lambda p=product, i=i: p.run(p.make(device, i), backend))
-    compiling.compile_all(kernels, device, progress)
+    compiling.compile_all(needed(products, backend, device, progress), device, progress)
     for i, product in enumerate(products):
         progress(i, len(products), "checking")
         given = product.make(device, i)

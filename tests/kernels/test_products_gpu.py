@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from dsv4lab.bench.random_products import Product, draw, run_many
+from dsv4lab.bench.compiling import compile_all
+from dsv4lab.bench.random_products import Product, draw, needed, run_many
 from dsv4lab.device import supports
 from dsv4lab.formats import SCALE_DTYPE, NVFP4Tensor
 from dsv4lab.gemm import grouped_mm
@@ -24,53 +25,80 @@ RANDOM = 150
 
 @pytest.fixture(scope="module")
 def backend():
-    for name in ("hopper", "blackwell"):
-        if supports(name):
-            return name
-    pytest.skip("no kernels for this GPU")
+    """Kernels for this GPU; all that the tests of this file take are compiled at once, in parallel."""
+    name = next((name for name in ("hopper", "blackwell") if supports(name)), None)
+    if name is None:
+        pytest.skip("no kernels for this GPU")
+    listed = [*one_group(), *one_group_swiglu(), *experts(), *(p for s in SPLITS for p in split(s))]
+    products = [p for p in with_activations(name, listed)]
+    compile_all(needed(products, name, GPU), GPU)
+    return name
 
 
 def kinds(backend: str) -> tuple[str, ...]:
     return ("nvfp4",) if backend == "blackwell" else ("nvfp4", "bf16")
 
 
-def check(backend: str, *products: Product) -> None:
+def with_activations(backend: str, products: list[Product]) -> list[Product]:
     """With every kind of activations that the backend multiplies."""
-    run_many(
-        [dataclasses.replace(p, activations=kind) for p in products for kind in kinds(backend)], backend, GPU
-    )
+    return [dataclasses.replace(p, activations=kind) for p in products for kind in kinds(backend)]
+
+
+def check(backend: str, products: list[Product]) -> None:
+    run_many(with_activations(backend, products), backend, GPU)
 
 
 SIZES = [(4096, 4096), (7168, 6144), (3072, 7168), (8192, 1024), (1040, 72), (16, 8)]
 SPLITS = [(3, 0, 0, 130, 1), (0,) * 9, (0, 0, 5), (128, 128), (1,) * 48, (513, 0, 1)]
 
 
-@pytest.mark.parametrize("k, n", SIZES)
-def test_one_group_from_one_token_to_many(backend, k, n):
-    check(backend, *(Product(k, n, (t,), grouped=False) for t in (0, 1, 7, 16, 33, 64, 128, 300)))
+def one_group() -> list[Product]:
+    tokens = (0, 1, 7, 16, 33, 64, 128, 300)
+    return [Product(*size, (t,), grouped=False) for size in SIZES for t in tokens]
 
 
-@pytest.mark.parametrize("output", ["swiglu", "nvfp4"])
-def test_swiglu_of_one_group(backend, output):
-    tokens = (1, 16, 64, 200)
-    check(backend, *(Product(2048, 1024, (t,), grouped=False, output=output) for t in tokens))
-    check(backend, Product(7168, 6144, (17,), grouped=False, output=output, b_scale="halves", limit=None))
+def one_group_swiglu() -> list[Product]:
+    products = []
+    for output in ("swiglu", "nvfp4"):
+        products += [Product(2048, 1024, (t,), grouped=False, output=output) for t in (1, 16, 64, 200)]
+        products.append(
+            Product(7168, 6144, (17,), grouped=False, output=output, b_scale="halves", limit=None)
+        )
+    return products
 
 
-@pytest.mark.parametrize("output", ["mm", "swiglu", "nvfp4"])
-@pytest.mark.parametrize("sizes", SPLITS)
-def test_groups_of_any_size(backend, sizes, output):
-    for a_scale, b_scale in (("token", "one"), ("group", "halves"), ("tensor", "group")):
-        wide = Product(512, 320, sizes, output=output, a_scale=a_scale, b_scale=b_scale)
-        check(backend, wide, dataclasses.replace(wide, k=1040, n=96, swizzled=False))
+def split(sizes: tuple[int, ...]) -> list[Product]:
+    products = []
+    for output in ("mm", "swiglu", "nvfp4"):
+        for a_scale, b_scale in (("token", "one"), ("group", "halves"), ("tensor", "group")):
+            wide = Product(512, 320, sizes, output=output, a_scale=a_scale, b_scale=b_scale)
+            products += [wide, dataclasses.replace(wide, k=1040, n=96, swizzled=False)]
+    return products
 
 
-def test_experts_of_a_model(backend):
+def experts() -> list[Product]:
     """256 experts, top 6 of 64 tokens: many groups hold few rows, some none."""
     chosen = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)).topk(6).indices
     sizes = tuple(torch.bincount(chosen.flatten(), minlength=256).tolist())
     assert 0 in sizes
-    check(backend, Product(1024, 512, sizes, output="nvfp4"), Product(256, 1024, sizes))
+    return [Product(1024, 512, sizes, output="nvfp4"), Product(256, 1024, sizes)]
+
+
+def test_one_group_from_one_token_to_many(backend):
+    check(backend, one_group())
+
+
+def test_swiglu_of_one_group(backend):
+    check(backend, one_group_swiglu())
+
+
+@pytest.mark.parametrize("sizes", SPLITS)
+def test_groups_of_any_size(backend, sizes):
+    check(backend, split(sizes))
+
+
+def test_experts_of_a_model(backend):
+    check(backend, experts())
 
 
 @pytest.mark.parametrize("groups", [1, 3])
