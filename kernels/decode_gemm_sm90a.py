@@ -92,12 +92,11 @@ def _kernel(
         begins, ends = share(form, rank, tokens.k)
         r_sums = cute.make_rmem_tensor((4, form.tokens // 8, form.mmas), Float32)
         tile, seen = find(work, form, begin(work, form), first)
-        number, position, phase = first, Int32(0), Int32(0)
+        number, count = first, Int32(0)
         while tile.here:
-            multiply_tile(form, tile, ring, tokens, begins, ends, position, r_sums)
-            finish_tile(form, work, tile, rank, phase, r_sums, exchange, factors, out)
-            position += ends - begins
-            phase ^= 1
+            multiply_tile(form, tile, ring, tokens, begins, ends, count, r_sums)
+            finish_tile(form, work, tile, rank, count % 2, r_sums, exchange, factors, out)
+            count += 1
             number += step
             tile, seen = find(work, form, seen, number)
     if cutlass.const_expr(form.split > 1):

@@ -115,7 +115,12 @@ class Form:
         return 4 * (self.along * self.tokens * self.pitch + exchanged)
 
     @property
+    def depth(self) -> int:
+        """Stages of each turn: warps along K have rings of their own."""
+        room = SHARED_BYTES - _BARRIER_BYTES - self.part_bytes
+        return min(room // self.stage_bytes, _MOST_STAGES) // self.along
+
+    @property
     def stages(self) -> int:
         """As many as there is shared memory for: so much is on its way from memory at any time."""
-        room = SHARED_BYTES - _BARRIER_BYTES - self.part_bytes
-        return min(room // self.stage_bytes, _MOST_STAGES)
+        return self.depth * self.along

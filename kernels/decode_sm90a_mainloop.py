@@ -33,7 +33,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Ring:
-    """Stages of shared memory.
+    """Stages of shared memory, form.depth for each turn of warps along K.
+
+    A warp waits for a stage that it has had itself form.depth steps before: of a barrier's phases only the
+    parity is seen, so that nobody may wait for a phase while the one before it is not over yet.
 
     Attributes:
         s_codes: (16 words, features, 1, stages).
@@ -116,24 +119,39 @@ def load_tiles(
         cute.arch.griddepcontrol_wait()
     begins, ends = share(form, rank, tokens.k)
     tile, seen = find(work, form, begin(work, form), first)
-    number, position, asked = first, Int32(0), Int32(0)
+    number, count, asked = first, Int32(0), Int32(0)
     if cutlass.const_expr(not form.grouped):
         if tile.here and settled != 0:
             asked = cutlass.min(ends - begins, form.stages)
             for i in cutlass.range(asked, unroll=1):
-                _load_weights(form, tile, weights, ring, n, begins + i, i)
+                slot, _ = place_in_ring(form, i, ends - begins, count)
+                _load_weights(form, tile, weights, ring, n, begins + i, slot)
         cute.arch.griddepcontrol_wait()
     while tile.here:
-        for i in cutlass.range(begins, ends, unroll=1):
-            slot, turn = position % form.stages, position // form.stages % 2
+        for i in cutlass.range(ends - begins, unroll=1):
+            slot, round_ = place_in_ring(form, i, ends - begins, count)
             # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
-            cute.arch.mbarrier_wait(ring.empty + slot, turn ^ 1)
-            if position >= asked:
-                _load_weights(form, tile, weights, ring, n, i, slot)
-            _load_tokens(form, tile, tokens, ring, i, slot)
-            position += 1
+            cute.arch.mbarrier_wait(ring.empty + slot, round_ % 2 ^ 1)
+            if i >= asked:
+                _load_weights(form, tile, weights, ring, n, begins + i, slot)
+            _load_tokens(form, tile, tokens, ring, begins + i, slot)
+        asked = Int32(0)
+        count += 1
         number += step
         tile, seen = find(work, form, seen, number)
+
+
+def place_in_ring(form: Form, step: Int32, steps: Int32, count: Int32):
+    """A step's stage, and how often that was used before.
+
+    Args:
+        step: of the CTA in a tile, which has so many steps.
+        count: tiles that the CTA has had before.
+    """
+    turn = step % form.along
+    each = (steps - turn + (form.along - 1)) // form.along
+    number = count * each + step // form.along
+    return turn * form.depth + number % form.depth, number // form.depth
 
 
 @cute.jit
@@ -180,13 +198,13 @@ def _partition(load, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], tile: Tile, ring: Ring, tokens: Tokens, begins: Int32, ends: Int32,
-    position: Int32, r_sums: cute.Tensor,
+    count: Int32, r_sums: cute.Tensor,
 ):  # fmt: skip
     """This warp's part of the CTA's steps of a tile.
 
     Args:
         begins, ends: steps of the CTA.
-        position: how many steps its ring had before.
+        count: tiles that the CTA has had before.
         r_sums: (4, form.tokens / 8, form.mmas), what is filled in.
     """
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -198,9 +216,8 @@ def multiply_tile(
     codes_at, scales_at, selector = _places()
     codes_at += aside * (MMA_ROWS * _STEP_VECTORS)
     for i in cutlass.range(turn, ends - begins, form.along, unroll=1):
-        at = position + i
-        slot = at % form.stages
-        cute.arch.mbarrier_wait(ring.full + slot, at // form.stages % 2)
+        slot, round_ = place_in_ring(form, i, ends - begins, count)
+        cute.arch.mbarrier_wait(ring.full + slot, round_ % 2)
         r_tokens = fragments(form, ring.tokens, slot, r_scales)
         if cutlass.const_expr(form.activations != "bf16"):
             fetch_scales(form, tokens, tile, begins + i + form.along, ends, r_scales)
