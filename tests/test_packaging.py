@@ -141,3 +141,18 @@ def test_a_notebook_that_needs_hardware_is_skipped_with_a_reason(tmp_path):
     assert run.returncode == 0 and "1 skipped" in run.stdout, run.stdout
     # No GPU is both.
     assert re.search(r"needs sm_\d+a: \w", run.stdout), run.stdout
+
+
+# ---- Binder
+
+
+def test_binder_gets_the_package_and_a_torch_and_python_that_it_allows():
+    python_version = (ROOT / "binder" / "runtime.txt").read_text().strip().removeprefix("python-")
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(python_version)
+    lines = [
+        line for line in (ROOT / "binder" / "requirements.txt").read_text().splitlines() if line[0] != "#"
+    ]
+    index, torch, package = (line for line in text.splitlines() if line[0] != "#")
+    assert index.startswith("--extra-index-url https://download.pytorch.org/") and package == "-e ."
+    setup = re.search(r"^torch_version=(\S+)$", (ROOT / ".ci/setup").read_text(), re.M)[1]
+    assert torch == f"torch=={setup}+cpu"
