@@ -149,9 +149,7 @@ def test_a_notebook_that_needs_hardware_is_skipped_with_a_reason(tmp_path):
 def test_binder_gets_the_package_and_a_torch_and_python_that_it_allows():
     python_version = (ROOT / "binder" / "runtime.txt").read_text().strip().removeprefix("python-")
     assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(python_version)
-    lines = [
-        line for line in (ROOT / "binder" / "requirements.txt").read_text().splitlines() if line[0] != "#"
-    ]
+    text = (ROOT / "binder" / "requirements.txt").read_text()
     index, torch, package = (line for line in text.splitlines() if line[0] != "#")
     assert index.startswith("--extra-index-url https://download.pytorch.org/") and package == "-e ."
     setup = re.search(r"^torch_version=(\S+)$", (ROOT / ".ci/setup").read_text(), re.M)[1]
