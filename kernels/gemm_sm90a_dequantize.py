@@ -75,19 +75,46 @@ def load(form: cutlass.Constexpr[Form], at: Place, stage: Int32, part: cutlass.C
 
 
 @cute.jit
-def fill(at: Place, r_codes: cute.Tensor, scale: Uint32, step: cutlass.Constexpr[int], r_a: cute.Tensor):
-    """The operand of one MMA.
+def spread(at: Place, r_codes: cute.Tensor, r_spread: cute.Tensor):
+    """Codes as bf16, each 2^-126 times as large.
 
     Args:
         r_codes: what `load` gave.
-        scale: this MMA's.
-        step: number of the MMA.
-        r_a: four words of each MMA; rows g and g + 8, first of 8 of K, then of 8 more.
+        r_spread: (16,) words, four of each MMA; rows g and g + 8, first of 8 of K, then of 8 more.
     """
-    for word in cutlass.range_constexpr(2):
-        for row in cutlass.range_constexpr(2):
-            codes = r_codes[step % 2 * 2 + word, row, step // 2]
-            r_a[step * 4 + word * 2 + row] = _pair(codes, at.selector, scale, row)
+    for step in cutlass.range_constexpr(_STEPS):
+        for word in cutlass.range_constexpr(2):
+            for row in cutlass.range_constexpr(2):
+                codes = r_codes[step % 2 * 2 + word, row, step // 2]
+                r_spread[step * 4 + word * 2 + row] = _pair(codes, at.selector)
+
+
+@cute.jit
+def scale(r_spread: cute.Tensor, scales: list, r_a: cute.Tensor):
+    """The operands of all MMAs of 64 of K, of what `spread` and `load` gave."""
+    for i in cutlass.range_constexpr(4 * _STEPS):
+        r_a[i] = _scaled(r_spread[i], scales[i // 4], i % 2)
+
+
+@cute.jit
+def keep(words: cute.Tensor | list, never: Int32, address: Int32):
+    """Have the assembler finish these words before, and leave their registers alone up to here.
+
+    It takes registers for free that MMAs in flight read, from one round of a loop to the next, and moves a
+    wait for them to the front. A store that never happens tells it, in a step for every four words.
+
+    Args:
+        words: a multiple of 4.
+        never: 0, which only the host knows.
+        address: in shared memory, a multiple of 16.
+    """
+    count = cutlass.const_expr(len(words) if isinstance(words, list) else cute.size(words))
+    for i in cutlass.range_constexpr(0, count, 4):
+        cute.arch.inline_ptx(
+            "{ .reg .pred p; setp.ne.s32 p, {$r0}, 0; "
+            "@p st.shared.v4.b32 [{$r1}], {{$r2}, {$r3}, {$r4}, {$r5}}; }",
+            read_only_args=[never, address, *[words[i + j] for j in range(4)]],
+        )
 
 
 def _block_scales(form: Form, at: Place, stage: Int32, part: int) -> list[Uint32]:
@@ -120,18 +147,24 @@ def _marked(word: Uint32) -> Uint32:
     return ptx.assembly(text, "r", word)
 
 
-def _pair(codes: Uint32, selector: Uint32, scales: Uint32, row: int) -> Uint32:
-    """Two neighbouring weights as bf16.
+def _pair(codes: Uint32, selector: Uint32) -> Uint32:
+    """Two neighbouring weights, their bits where a bf16 has its own.
 
     Args:
         codes: 8 of them, two for each thread of a quad.
-        row: of which of the two block scales.
     """
+    text = (
+        "{.reg .b32 b, m, s; prmt.b32 b, $1, 0, $2; "
+        "mul.lo.u32 m, b, 0x40040; mul.lo.u32 s, b, 0x1001000; and.b32 s, s, 0x80008000; "
+        "lop3.b32 $0, m, 0x01C001C0, s, 0xEA;}"
+    )
+    return ptx.assembly(text, "r", codes, selector)
+
+
+def _scaled(pair: Uint32, scales: Uint32, row: int) -> Uint32:
+    """Two weights times one of two block scales."""
     half = "{h, h}" if row else "{l, l}"
     text = (
-        "{.reg .b32 b, m, s; .reg .b16 l, h; prmt.b32 b, $1, 0, $2; "
-        "mul.lo.u32 m, b, 0x40040; mul.lo.u32 s, b, 0x1001000; and.b32 s, s, 0x80008000; "
-        "lop3.b32 m, m, 0x01C001C0, s, 0xEA; "
-        f"mov.b32 {{l, h}}, $3; mov.b32 s, {half}; mul.rn.bf16x2 $0, m, s;}}"
+        f"{{.reg .b32 s; .reg .b16 l, h; mov.b32 {{l, h}}, $2; mov.b32 s, {half}; mul.rn.bf16x2 $0, $1, s;}}"
     )
-    return ptx.assembly(text, "r", codes, selector, scales)
+    return ptx.assembly(text, "r", pair, scales)

@@ -13,7 +13,7 @@ from cutlass import Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
-from dsv4lab.kernels.gemm_sm90a_dequantize import Place, fill, load
+from dsv4lab.kernels.gemm_sm90a_dequantize import Place, keep, load, scale, spread
 from dsv4lab.kernels.gemm_sm90a_form import CHUNK_BYTES, GROUP_FEATURES, SCALE_ROWS, SLICE, Form
 from dsv4lab.kernels.gemm_tiles import Tile
 
@@ -189,7 +189,7 @@ def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, mo
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
-    rank: Int32, part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32,
+    rank: Int32, part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32, never: Int32,
 ):  # fmt: skip
     """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
 
@@ -197,32 +197,38 @@ def multiply_tile(
         part_of_stage: which this warpgroup multiplies.
         steps: stages.
         stage, phase: of the ring, where the first one is; gives those that are next.
+        never: see `keep`.
     """
     r_tokens = mma.make_fragment_B(mma.get_slice(0).partition_B(ring.s_tokens))
     mma.set(warpgroup.Field.ACCUMULATE, False)
+    r_spread = cute.make_rmem_tensor(16, Uint32)
+    r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
+    r_words = cute.recast_tensor(r_weights, Uint32)
+    r_words = cute.make_tensor(r_words.iterator, r_spread.layout)
+    r_words.fill(0)
     first, before = part_of_stage * form.own_slices, stage
     for i in cutlass.range(steps, unroll=1):
         wait(ring.full + stage, phase)
         for part in cutlass.range_constexpr(form.own_slices):
-            r_weights = cute.make_rmem_tensor(mma.partition_shape_A((GROUP_FEATURES, SLICE)), TOKEN)
-            r_words = cute.recast_tensor(r_weights, Uint32)
-            r_words = cute.make_tensor(r_words.iterator, cute.make_layout(16))
             r_codes, scales = load(form, at, stage, part)
+            spread(at, r_codes, r_spread)
+            keep(r_spread, never, at.scales)
+            keep(scales, never, at.scales)
+            warpgroup.wait_group(0)
+            keep(r_words, never, at.scales)
+            if cutlass.const_expr(part == 0) and i > 0:
+                release(form, ring, rank, before)
+            scale(r_spread, scales, r_words)
+            warpgroup.fence()
             for step in cutlass.range_constexpr(cute.size(r_tokens, mode=[2])):
-                # An MMA is fetched when the one before it has its operand, so that none should have to queue.
-                fill(at, r_codes, scales[step], step, r_words)
-                warpgroup.fence()
                 where = (None, None, step, stage * form.slices + first + part)
                 cute.gemm(mma, r_sums, r_weights[None, None, step], r_tokens[where], r_sums)
                 mma.set(warpgroup.Field.ACCUMULATE, True)
-                warpgroup.commit_group()
-            # MMAs before these are done, so that their stage may be filled again.
-            warpgroup.wait_group(cute.size(r_tokens, mode=[2]))
-            if cutlass.const_expr(part == 0) and i > 0:
-                release(form, ring, rank, before)
-        first, before = part_of_stage * form.own_slices, stage
+            warpgroup.commit_group()
+        before = stage
         stage, phase = _next(form, stage, phase)
     warpgroup.wait_group(0)
+    keep(r_words, never, at.scales)
     if steps > 0:
         release(form, ring, rank, before)
     return stage, phase

@@ -89,9 +89,10 @@ def _kernel(
                 cute.arch.mbarrier_init(ring.free + stage, arrivals(form))
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
-    if cutlass.const_expr(form.ctas > 1):
+    if cutlass.const_expr(form.mates > 1):
         meet(form)
 
+    never = cutlass.min(k, 0)
     begins, ends = stages_of(form, rank // form.mates, k)
     tile, seen = find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
@@ -129,7 +130,7 @@ def _kernel(
             at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), taker, half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
             stage, phase = multiply_tile(
-                form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase
+                form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase, never
             )
             number += step
             following, seen = find(work, form, seen, number)
