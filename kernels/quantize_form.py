@@ -75,6 +75,11 @@ class Form:
         return self.source in ("rmsnorm", "mhc")
 
     @property
+    def weight_first(self) -> bool:
+        """Whether a norm's weight is read before the rows: few rows, whose weight is in no cache yet."""
+        return self.norm and self.resident and self.blocks == 1
+
+    @property
     def packed(self) -> bool:
         """Whether a norm is of bf16 under weights of bf16, and computed two values at a time."""
         return self.source == "rmsnorm" and self.element == self.weight == "bf16"

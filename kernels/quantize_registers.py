@@ -15,7 +15,11 @@ from dsv4lab.kernels.rows import load, padded_columns, store, swizzled_column, s
 
 
 class Blocks:
-    """The blocks of a thread in its registers, and where they come from."""
+    """The blocks of a thread in its registers, and where they come from.
+
+    A norm's weight is read when it is needed: it is in a cache, and registers are few. Where a thread has one
+    block, rows are few and the weight is in no cache yet, so it is read first.
+    """
 
     def __init__(self, form: Form, m_x, m_mix, m_weight, columns: Int32, limit: Float32, lane: Int32):
         self.form, self.m_x, self.m_mix, self.m_weight = form, m_x, m_mix, m_weight
@@ -23,6 +27,9 @@ class Blocks:
         self.r_read = [cute.make_rmem_tensor(form.read_words, Uint32) for _ in range(form.blocks)]
         self.r_block = [cute.make_rmem_tensor(form.block_words, Uint32) for _ in range(form.blocks)]
         self.r_high = cute.make_rmem_tensor(form.blocks, Uint32)
+        self.r_weight = cute.make_rmem_tensor(words_of(form.weight) if form.weight_first else 1, Uint32)
+        if form.weight_first:
+            _read_weight(form, m_weight, lane, columns, self.r_weight)
 
     def column(self, chunk: Int32, slot: int) -> Int32:
         """Of a thread's block in a row."""
@@ -51,7 +58,7 @@ def finish(blocks: Blocks, rrms: Float32, here: Boolean, chunk: Int32) -> Uint32
     for slot in range(blocks.form.blocks):
         column, r_block = blocks.column(chunk, slot), blocks.r_block[slot]
         active = here & (column < blocks.columns)
-        given = (blocks.r_read[slot], blocks.m_weight, column)
+        given = (blocks.r_read[slot], blocks.m_weight, blocks.r_weight, column)
         _finish_block(blocks.form, *given, rrms, blocks.limit, active, r_block)
         amax = block.amax(_listed(r_block))
         blocks.r_high[slot] = amax
@@ -87,28 +94,40 @@ def _listed(r_words: cute.Tensor) -> list[Uint32]:
 
 
 @cute.jit
+def _read_weight(
+    form: cutlass.Constexpr[Form],
+    m_weight: cute.Pointer,
+    column: Int32,
+    columns: Int32,
+    r_weight: cute.Tensor,
+):
+    words = cutlass.const_expr(words_of(form.weight))
+    r_weight.fill(0)
+    if column < columns:
+        _fill(r_weight, _listed(load(m_weight, Int64(column) * words, words)))
+
+
+@cute.jit
 def _finish_block(
     form: cutlass.Constexpr[Form],
     r_read: cute.Tensor,
     m_weight: cute.Pointer,
+    r_weight: cute.Tensor,
     column: Int32,
     rrms: Float32,
     limit: Float32,
     active: Boolean,
     r_block: cute.Tensor,
 ):
-    """A block as it is quantized, 0 where there is none: a norm would make NaN of 0 and infinity.
-
-    A norm's weight is read here and not before: it is in a cache, and registers are few.
-    """
+    """A block as it is quantized, 0 where there is none: a norm would make NaN of 0 and infinity."""
     if cutlass.const_expr(form.source == "plain"):
         _fill(r_block, finished(form, _listed(r_read), rrms, None, limit))
     else:
         r_block.fill(0)
         if active:
-            weight = None
-            if cutlass.const_expr(form.norm):
-                words = cutlass.const_expr(words_of(form.weight))
+            words = cutlass.const_expr(words_of(form.weight))
+            weight = _listed(r_weight)
+            if cutlass.const_expr(form.norm and not form.weight_first):
                 weight = _listed(load(m_weight, Int64(column) * words, words))
             _fill(r_block, finished(form, _listed(r_read), rrms, weight, limit))
 
