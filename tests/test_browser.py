@@ -182,20 +182,37 @@ def redrawn(page, control, before: str) -> bool:
     return False
 
 
+def slide_to(control, place: str) -> None:
+    """Moves a slider from its lower end up to a value, by keys."""
+    control.press("Home")
+    for _ in range(500):
+        if control.get_attribute("aria-valuenow") == place:
+            return
+        control.press("ArrowRight")
+    raise AssertionError(f"the slider does not stop at {place}")
+
+
 def ways_to_move(control):
-    """Calls that each set the control to another place."""
+    """Calls that each set the control to another place, at last to its first one."""
     kind = control.evaluate("(node) => node.className.includes('noUi') ? 'slider' : node.type")
     if kind == "slider":
-        return [lambda key=key: control.press(key) for key in ("ArrowRight", "End", "Home")]
+        first = control.get_attribute("aria-valuenow")
+        keys = [lambda key=key: control.press(key) for key in ("ArrowRight", "End", "Home")]
+        return [*keys, lambda: slide_to(control, first)]
     if kind.startswith("select"):
         options = control.locator("option").count()
         chosen = control.evaluate("(node) => node.selectedIndex")
         return [lambda i=i: control.select_option(index=i) for i in (*range(options), chosen)]
-    if kind in ("button", "submit", "checkbox", "radio"):
+    if kind in ("button", "submit", "radio"):
         return [control.click]
+    if kind == "checkbox":
+        return [control.click] * 2
     if kind == "number":
         value = float(control.input_value())
-        return [lambda v=v: (control.fill(f"{v:g}"), control.press("Enter")) for v in (value + 1, value - 1)]
+        return [
+            lambda v=v: (control.fill(f"{v:g}"), control.press("Enter"))
+            for v in (value + 1, value - 1, value)
+        ]
     raise AssertionError(f"no way to move a control of type {kind}")
 
 
