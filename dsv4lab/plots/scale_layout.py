@@ -121,13 +121,21 @@ def _located(offset: int, rows: int, columns: int, what: str) -> Picture:
         matrix.add_patch(Rectangle((x, y), COLUMNS, ROWS, facecolor="none", zorder=3 + (i == chunk), **here))
         matrix.annotate(f"{i}", (x + 2, y + 64), ha="center", va="center", fontsize=9,
                         bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1.0, "alpha": 0.8})  # fmt: skip
-    matrix.plot([column + 0.5], [row + 0.5], "o", color=RED, markersize=7, zorder=6)
+    matrix.plot([column + 0.5], [row + 0.5], "o", color=RED, markersize=7, zorder=6, clip_on=False)
     matrix.set(xlim=(0, wide), ylim=(high, 0), xlabel="column (K / 16)", ylabel="row", title="matrix")
     matrix.set_xticks(range(0, wide + 1, COLUMNS))
     matrix.set_yticks(range(0, high + 1, ROWS))
     matrix.grid(False)
     _tile(tile, row // ROWS * ROWS, column // COLUMNS * COLUMNS)
-    tile.plot([column % 4 + 0.5], [row % ROWS + 0.5], "o", color=RED, markeredgecolor=CARD, markersize=8)
+    tile.plot(
+        [column % 4 + 0.5],
+        [row % ROWS + 0.5],
+        "o",
+        color=RED,
+        markeredgecolor=CARD,
+        markersize=8,
+        clip_on=False,
+    )
     _memory(memory, chunk * CHUNK)
     frame = Rectangle((byte, line), 1, 1, facecolor=RED, edgecolor=BLACK, linewidth=2, zorder=4)
     memory.add_patch(frame)
@@ -291,7 +299,7 @@ def scale_padding(tokens: int = 1, k: int = 4096) -> Picture:
     codes, real, padded = _scale_bytes(tokens, k)
     picture, (bars, curve) = new(
         f"{tokens:,} × {k:,} values: {codes:,} bytes of codes, {real:,} of scales, {padded:,} with the "
-        f"padding to 128 rows and 4 columns, {padded / real:.3g} times as many. Right: bytes for each value; "
+        f"padding to 128 rows and 4 columns, {padded / real:.3g} times as many. Right: bits for each value; "
         "without padding it would be 4.5 bits.",
         columns=2,
         size=(8.4, 3.3),
