@@ -30,6 +30,7 @@ class Decode:
     along: int
     tokens: int
     split: int
+    ctas: int = 1
 
 
 CHOICES = tuple(

@@ -57,9 +57,12 @@ def _kernel(
     s_tokens = smem.allocate_tensor(Uint32, cute.make_layout(form.stages * form.token_bytes // 4), 1024)
     s_codes, s_scales = (smem.allocate_tensor(Uint32, layout, 128) for layout in ring_layouts(form))
     ring = Ring(s_codes, s_scales, token_tensor(form, s_tokens.iterator), s_tokens.iterator, full, empty)
-    s_sums = smem.allocate_tensor(Float32, cute.make_layout(form.part_bytes // 4), 128)
-    given = s_sums.iterator + form.along * form.tokens * form.pitch
-    exchange = Exchange(s_sums.iterator, given, filled, taken)
+    if cutlass.const_expr(form.overlays):
+        sums = cute.recast_ptr(s_codes.iterator, dtype=Float32)
+    else:
+        sums = smem.allocate_array(Float32, form.sum_bytes // 4, byte_alignment=128)
+    given = smem.allocate_array(Float32, max(form.given_bytes // 4, 1), byte_alignment=128)
+    exchange = Exchange(sums, given, filled, taken)
 
     if warp == form.warps:
         for load in (weights.load_codes, weights.load_scales, tokens.load):
@@ -149,14 +152,14 @@ def run(product, output, choice: Decode) -> None:
     Args:
         product, output: operands and what becomes of the sums, see hopper_gemm.Product and gemm.Output.
     """
+    most = most_clusters(choice, sm_count(product.a.device))
+    tiles = most_tiles(choice, product.rows, product.n)
     form = Form(
         choice.mmas, choice.across, choice.along, choice.tokens, choice.split, product.offsets is not None,
         product.activations, output.kind, product.column_scale, output.limit is not None, output.swizzled,
+        tiles <= most, choice.ctas,
     )  # fmt: skip
-    clusters = min(
-        most_clusters(choice, sm_count(product.a.device)), most_tiles(choice, product.rows, product.n)
-    )
     targets = [*output.tensors, None, None][:3]
     limit = 0.0 if output.limit is None else float(output.limit)
-    numbers = [*product.numbers, limit, clusters, int(product.settled)]
+    numbers = [*product.numbers, limit, min(most, tiles), int(product.settled)]
     launch(make, (form,), [*product.arguments, *targets, *numbers])

@@ -9,7 +9,7 @@ DEPTH = 128  # K of a step: 64 bytes of codes of a row, 16 for each of the four 
 CHUNK_ROWS, CHUNK_BYTES = 128, 512  # of 4 columns of block scales, see dsv4lab.layouts
 CHUNKS = DEPTH // 64  # chunks of block scales in a step
 TOKEN_DEPTH = 64  # K of bf16 activations that are copied at a time
-SHARED_BYTES = 232448  # that a CTA may have
+SM_BYTES, CTA_BYTES = 233472, 1024  # shared memory of an SM, and what of it the system takes for each CTA
 _BARRIER_BYTES = 2048  # barriers, and what aligning buffers costs
 _MOST_STAGES = 64
 
@@ -31,6 +31,8 @@ class Form:
             8; "halves", gate rows, then up rows.
         clamped: the activation has a limit.
         swizzled: of "nvfp4", the layout of block scales.
+        single: a CTA has one tile at most, so that its sums may stand where weights stood.
+        ctas: that there is room for on an SM: with two, those of the next kernel begin while these still run.
     """
 
     mmas: int = 2
@@ -44,6 +46,8 @@ class Form:
     column_scale: str = "one"
     clamped: bool = False
     swizzled: bool = True
+    single: bool = False
+    ctas: int = 1
 
     @property
     def rows(self) -> int:
@@ -109,15 +113,27 @@ class Form:
         return -(-self.tokens * self.units // self.split)
 
     @property
-    def part_bytes(self) -> int:
-        """Of the sums of all warps along K, and of those that CTAs of a cluster give to one of them."""
-        exchanged = self.split * self.slots * self.unit if self.split > 1 else 0
-        return 4 * (self.along * self.tokens * self.pitch + exchanged)
+    def sum_bytes(self) -> int:
+        """Of the sums of all warps along K."""
+        return 4 * self.along * self.tokens * self.pitch
+
+    @property
+    def given_bytes(self) -> int:
+        """Of the sums that CTAs of a cluster give to one of them."""
+        return 4 * self.split * self.slots * self.unit if self.split > 1 else 0
+
+    @property
+    def overlays(self) -> bool:
+        """Whether sums of warps stand where codes of weights stood."""
+        return self.single and self.sum_bytes <= self._depth(0) * self.along * self.features * DEPTH // 2
 
     @property
     def depth(self) -> int:
         """Stages of each turn: warps along K have rings of their own."""
-        room = SHARED_BYTES - _BARRIER_BYTES - self.part_bytes
+        return self._depth(0 if self.overlays else self.sum_bytes)
+
+    def _depth(self, others: int) -> int:
+        room = SM_BYTES // self.ctas - CTA_BYTES - _BARRIER_BYTES - self.given_bytes - others
         return min(room // self.stage_bytes, _MOST_STAGES) // self.along
 
     @property
