@@ -80,16 +80,6 @@ class Form:
         return self.norm and self.resident and self.blocks == 1
 
     @property
-    def packed(self) -> bool:
-        """Whether a norm is of bf16 under weights of bf16, and computed two values at a time."""
-        return self.source == "rmsnorm" and self.element == self.weight == "bf16"
-
-    @property
-    def squares_by_mma(self) -> bool:
-        """Whether tensor cores square: bf16 of rows that have lanes in fours."""
-        return self.source == "rmsnorm" and self.element == "bf16" and self.team >= 4
-
-    @property
     def read_words(self) -> int:
         """Words that a thread keeps of each block as it is read."""
         if self.source == "mhc":

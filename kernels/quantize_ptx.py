@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Sequence
 
-from cutlass import Float32, Uint32, cute
+from cutlass import Float32, Uint32
 from cutlass._mlir.dialects import llvm
 
 _LETTER = {Float32: "f", Uint32: "r"}
@@ -97,30 +97,8 @@ umin, umax = _words("min.u32"), _words("max.u32")
 # Of the two 16-bit halves.
 min_halves, max_halves = _words("min.u16x2"), _words("max.u16x2")
 min_bf16x2, max_bf16x2 = _words("min.bf16x2"), _words("max.bf16x2")
-mul_bf16x2, fma_bf16x2 = _words("mul.rn.bf16x2"), _words("fma.rn.bf16x2")
 # Two floats rounded to a word, the first one in its upper half.
 to_bf16x2, to_f16x2 = _words("cvt.rn.bf16x2.f32"), _words("cvt.rn.f16x2.f32")
-
-
-def mul_sub_bf16x2(a: Uint32, b: Uint32, c: Uint32) -> Uint32:
-    """a b - c, rounded once."""
-    return assembly("{.reg .b32 n; neg.bf16x2 n, $3; fma.rn.bf16x2 $0, $1, $2, n;}", "r", a, b, c)
-
-
-def multiply_pair(sums: list[Float32], pair: list[Uint32], word: Uint32) -> list[Float32]:
-    """Add a tensor core's product of 16 rows by 8 columns over a depth of 8, in bf16.
-
-    Args:
-        sums: of each lane, two columns of row `lane // 4`, then of the row 8 further on.
-        pair: a word of each of these rows.
-        word: of the column `lane // 4`.
-    """
-    return cute.arch.inline_ptx(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, "
-        "{{$r0}, {$r1}}, {{$r2}}, {{$r3}, {$r4}, {$r5}, {$r6}};",
-        write_only_types=[Float32] * 4,
-        read_only_args=[*pair, word, *sums],
-    )
 
 
 def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:

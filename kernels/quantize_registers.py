@@ -10,7 +10,7 @@ from cutlass.cutlass_dsl import select_
 from dsv4lab.kernels import quantize_block as block
 from dsv4lab.kernels import quantize_ptx as ptx
 from dsv4lab.kernels.quantize_form import Form, words_of
-from dsv4lab.kernels.quantize_sources import finished, read, squares, squares_by_mma
+from dsv4lab.kernels.quantize_sources import finished, read, squares
 from dsv4lab.kernels.rows import load, padded_columns, store, swizzled_column, swizzled_row
 
 
@@ -45,8 +45,6 @@ def read_blocks(blocks: Blocks, row: Int64, here: Boolean, chunk: Int32) -> None
 
 
 def square_sum(blocks: Blocks, total: Float32) -> Float32:
-    if blocks.form.squares_by_mma:
-        return ptx.add(total, squares_by_mma([_listed(r_words) for r_words in blocks.r_read]))
     for r_words in blocks.r_read:
         total = squares(blocks.form, _listed(r_words), total)
     return total

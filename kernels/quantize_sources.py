@@ -89,25 +89,6 @@ def squares(form: Form, words: list[Uint32], total: Float32) -> Float32:
     return total
 
 
-def squares_by_mma(blocks: list[list[Uint32]]) -> Float32:
-    """The squares of blocks of bf16, of the four lanes that begin at a multiple of 4, in one of them.
-
-    A row times a column of the same numbers stands on the diagonal of the tensor core's result. Words go in
-    pairs, which need not be moved then: one diagonal is the first one's, the other the second one's.
-    """
-    first, second = [Float32(0)] * 4, [Float32(0)] * 4
-    for words in blocks:
-        for i in range(0, len(words), 2):
-            pair = words[i : i + 2]
-            first = ptx.multiply_pair(first, pair, pair[0])
-            second = ptx.multiply_pair(second, pair, pair[1])
-    # Of row `lane // 4`, a lane has columns 2 (lane % 4) and the next one.
-    lane = Uint32(cute.arch.lane_idx())
-    even, odd = ptx.add(first[0], second[2]), ptx.add(first[1], second[3])
-    mine = select("ne.u32", both(lane, 4), 0, odd, even)
-    return select("eq.u32", both(lane, 3), ptx.shift_right(lane, 3), mine, 0.0)
-
-
 def reciprocal_root(total: Float32, count: Int32, eps: Float32) -> Float32:
     """1 / sqrt(mean + eps) of a sum of squares, to 2^-22; NaN where the sum overflows."""
     mean = mul(total, ptx.rcp_fast(Float32(count)))
@@ -119,8 +100,6 @@ def finished(
     form: Form, words: list[Uint32], rrms: Float32 | None, weight: list[Uint32] | None, limit: Float32
 ) -> list[Uint32]:
     """A block as it is quantized (form.block_words words), from what `read` gives."""
-    if form.packed:
-        return _normalized_bf16(words, rrms, weight)
     if form.norm:
         values, factors = read_values(form, words), singles(weight, form.weight)
         return rounded([mul(mul(x, rrms), w) for x, w in zip(values, factors, strict=True)])
@@ -129,22 +108,6 @@ def finished(
     if form.element == "f16":
         return [bits(x) for x in singles(words, "f16")]
     return words
-
-
-def _normalized_bf16(words: list[Uint32], rrms: Float32, weight: list[Uint32]) -> list[Uint32]:
-    """x rrms w in bf16, two values at a time; right to 2^-16 and the last rounding.
-
-    A product of two bf16 is the sum of two bf16, its rounded value and what was rounded off. rrms is taken as
-    such a sum, too.
-    """
-    high = ptx.to_bf16x2(rrms, rrms)
-    rest = ptx.sub(rrms, ptx.upper_half(high, "bf16"))
-    low, made = ptx.to_bf16x2(rest, rest), []
-    for x, w in zip(words, weight, strict=True):
-        y = ptx.mul_bf16x2(x, high)
-        off = ptx.fma_bf16x2(x, low, ptx.mul_sub_bf16x2(x, high, y))
-        made.append(ptx.fma_bf16x2(y, w, ptx.mul_bf16x2(off, w)))
-    return made
 
 
 def _swiglu(form: Form, words: list[Uint32], limit: Float32) -> list[Uint32]:
