@@ -6,8 +6,8 @@ cd "$(dirname "$0")/../.."
 count=${1:-40}
 run() {
     "$@" python3 -m dsv4lab.bench.random_products --count "$count"
-    "$@" python3 -m pytest -o addopts=--import-mode=importlib -q -m gpu -p no:cacheprovider \
-        tests/kernels/test_quantize_gpu.py -k "graph or large_rows and 17-"
+    "$@" python3 -m pytest -c /dev/null --rootdir . --confcutdir tests --import-mode importlib -q \
+        tests/kernels/test_quantize_gpu.py -k "graph or (large_rows and 17)"
 }
 run env
 for tool in memcheck racecheck; do
