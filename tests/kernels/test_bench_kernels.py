@@ -6,7 +6,7 @@ import pytest
 import torch
 from dsv4lab.kernels import decode_gemm_sm100a
 
-from dsv4lab.bench import measure
+from dsv4lab.bench import compiling, measure
 from dsv4lab.bench.cases import KINDS, Case, tensors
 from dsv4lab.bench.shapes import select
 from dsv4lab.device import supports
@@ -63,3 +63,13 @@ def test_on_a_gpu_its_kernels_are_checked_and_measured_at_the_sizes_of_a_model(t
         ready = case.ready(case.make("cuda"), name)
         runs = [[t.view(-1).view(torch.uint8) for t in tensors(case.run(ready, name))] for _ in range(2)]
         assert all(map(torch.equal, *runs))
+
+
+def test_what_would_be_launched_is_noted_and_not_run(b200):
+    case, before = Case("quantize_token", (5, 64)), len(b200.launches)
+    kernels = compiling.noted(lambda: case.run(case.make("cpu"), "blackwell"))
+    assert len(b200.launches) == before
+    ((make, (form,)),) = kernels
+    assert make.__name__ == "make_quantize_rows" and form.scale == "row"
+    (kinds,) = kernels.values()
+    assert kinds[:2] == ("Uint32", "None") and kinds[-1] == "float"
