@@ -16,6 +16,7 @@ _MEMORY_BYTES = 2400  # from memory in a cycle: 4.3 TB/s at 1.8 GHz
 _SM_BYTES = 40  # that an SM takes in a cycle
 _TILE_CYCLES = 1500  # from a tile's last product to the next one's first
 _EXCHANGE_CYCLES = 1000  # until the sums of a cluster's CTAs have met
+_GPC, _GPC_USED = 18, 16
 _ISSUED = 0.6  # instructions of a scheduler in a cycle
 # Instructions of a warp and step: for each 16 rows, for each 8 tokens of them, for each 8 tokens, once.
 _ROWS_COST, _MMA_COST, _TOKENS_COST, _STEP_COST = 150, 8, 60, 50
@@ -44,10 +45,10 @@ CHOICES = tuple(
 
 
 def most_clusters(choice: Decode, sm_count: int) -> int:
-    """As many as run at the same time: of 16 SMs in a row, which a GPC has, two or four clusters use all."""
+    """As many as run at the same time; clusters lie within a GPC, of whose SMs, 18 or fewer, 16 have some."""
     if choice.split <= 2:
-        return max(1, sm_count // choice.split)
-    return max(1, sm_count // 16 * 16 // choice.split)
+        return max(1, sm_count * choice.ctas // choice.split)
+    return max(1, sm_count // _GPC * (_GPC_USED * choice.ctas // choice.split))
 
 
 def most_tiles(choice: Decode, rows: int, n: int) -> int:

@@ -42,7 +42,7 @@ from dsv4lab.formats import BLOCK
 @cute.kernel
 def _kernel(
     form: cutlass.Constexpr[Form], weights: Weights, tokens: Tokens, work: Work, factors: Factors,
-    out: Outputs, settled: Int32,
+    out: Outputs,
 ):  # fmt: skip
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     block, _, _ = cute.arch.block_idx()
@@ -79,14 +79,14 @@ def _kernel(
         # Others may arrive here from now on.
         cute.arch.cluster_arrive()
 
+    # What is above runs while the kernel before still does; nothing is read or written before that has ended.
+    cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
     if warp == form.warps:
-        load_tiles(form, work, first, step, rank, weights, tokens, ring, out.n, settled)
+        load_tiles(form, work, first, step, rank, weights, tokens, ring, out.n)
         if cutlass.const_expr(form.split > 1):
             cute.arch.cluster_wait()
     else:
-        # Nothing is read or written before the kernel before this one has ended, but weights perhaps.
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(form.split > 1):
             cute.arch.cluster_wait()
         if cutlass.const_expr(form.output == "nvfp4"):
@@ -119,7 +119,7 @@ def make(form: Form):
         a: cute.Pointer, b: cute.Pointer, sfa: cute.Pointer, sfb: cute.Pointer, g_a: cute.Pointer,
         g_b: cute.Pointer, offsets: cute.Pointer, sizes: cute.Pointer, values: cute.Pointer,
         scales: cute.Pointer, g: cute.Pointer, rows: Int32, n: Int32, k: Int32, groups: Int32, a_row: Int32,
-        a_group: Int32, b_group: Int32, limit: Float32, clusters: Int32, settled: Int32, stream: CUstream,
+        a_group: Int32, b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
     ):  # fmt: skip
         weights = weights_of(form, b, sfb, cute.assume(n, 8), k, groups)
         tokens = tokens_of(form, a, sfa, rows, k)
@@ -138,7 +138,7 @@ def make(form: Form):
             cute.recast_ptr(values, dtype=Uint32), cute.recast_ptr(scales, dtype=cutlass.Uint8),
             cute.recast_ptr(g, dtype=Float32), n,
         )  # fmt: skip
-        _kernel(form, weights, tokens, work, factors, out, settled).launch(
+        _kernel(form, weights, tokens, work, factors, out).launch(
             grid=(clusters * form.split, 1, 1), block=(form.threads, 1, 1), cluster=(form.split, 1, 1),
             stream=stream, use_pdl=True,
         )  # fmt: skip
@@ -161,5 +161,4 @@ def run(product, output, choice: Decode) -> None:
     )  # fmt: skip
     targets = [*output.tensors, None, None][:3]
     limit = 0.0 if output.limit is None else float(output.limit)
-    numbers = [*product.numbers, limit, min(most, tiles), int(product.settled)]
-    launch(make, (form,), [*product.arguments, *targets, *numbers])
+    launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, min(most, tiles)])

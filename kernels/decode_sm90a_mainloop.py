@@ -105,37 +105,26 @@ def _first_chunk(form: Form, tile: Tile, n: Int32) -> Int32:
 @cute.jit
 def load_tiles(
     form: cutlass.Constexpr[Form], work: Work, first: Int32, step: Int32, rank: Int32, weights: Weights,
-    tokens: Tokens, ring: Ring, n: Int32, settled: Int32,
+    tokens: Tokens, ring: Ring, n: Int32,
 ):  # fmt: skip
     """Bring this CTA's share of the operands of every tile, step after step.
 
     Args:
         first, step: numbers of the tiles.
         rank: of this CTA among those that share a tile.
-        settled: 1 if weights may be read while the kernel before this one still runs, else 0.
     """
-    if cutlass.const_expr(form.grouped):
-        # It may have written which groups there are.
-        cute.arch.griddepcontrol_wait()
     begins, ends = share(form, rank, tokens.k)
     tile, seen = find(work, form, begin(work, form), first)
-    number, count, asked = first, Int32(0), Int32(0)
-    if cutlass.const_expr(not form.grouped):
-        if tile.here and settled != 0:
-            asked = cutlass.min(ends - begins, form.stages)
-            for i in cutlass.range(asked, unroll=1):
-                slot, _ = place_in_ring(form, i, ends - begins, count)
-                _load_weights(form, tile, weights, ring, n, begins + i, slot)
-        cute.arch.griddepcontrol_wait()
+    number, count = first, Int32(0)
     while tile.here:
         for i in cutlass.range(ends - begins, unroll=1):
             slot, round_ = place_in_ring(form, i, ends - begins, count)
             # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
             cute.arch.mbarrier_wait(ring.empty + slot, round_ % 2 ^ 1)
-            if i >= asked:
-                _load_weights(form, tile, weights, ring, n, begins + i, slot)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + slot, form.stage_bytes)
+            _load_weights(form, tile, weights, ring, n, begins + i, slot)
             _load_tokens(form, tile, tokens, ring, begins + i, slot)
-        asked = Int32(0)
         count += 1
         number += step
         tile, seen = find(work, form, seen, number)
@@ -159,7 +148,7 @@ def _load_weights(
     form: cutlass.Constexpr[Form], tile: Tile, weights: Weights, ring: Ring, n: Int32, step: Int32,
     slot: Int32,
 ):  # fmt: skip
-    """Begin a stage: announce all that it will hold, and ask for the weights."""
+    """Ask for a stage's weights."""
     box, scale_box = _boxes(form)
     g_codes = cute.local_tile(weights.m_codes, box, (None, None, None))
     s_codes, g_codes = _partition(weights.load_codes, ring.s_codes, g_codes, 3)
@@ -167,8 +156,6 @@ def _load_weights(
     g_scales = cute.local_tile(moved, scale_box, (0, None, 0))
     s_scales, g_scales = _partition(weights.load_scales, ring.s_scales, g_scales, 3)
     full = ring.full + slot
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, form.stage_bytes)
     source = g_codes[None, step, tile.column, tile.group]
     cute.copy(weights.load_codes, source, s_codes[None, slot], tma_bar_ptr=full)
     cute.copy(weights.load_scales, g_scales[None, step], s_scales[None, slot], tma_bar_ptr=full)

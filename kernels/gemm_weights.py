@@ -25,7 +25,6 @@ class _Kept(NamedTuple):
 
 
 _kept = WeakIdKeyDictionary()
-_asked = WeakIdKeyDictionary()
 
 
 def swizzled_scales(scales: Tensor) -> Tensor:
@@ -45,25 +44,6 @@ def padded_rows(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (ROW_CODES // 2)))
 
 
-def are_settled(*tensors: Tensor) -> bool:
-    """Whether this was asked before for these very tensors, and they have not changed since.
-
-    What wrote them was then in the stream before a kernel that waited for all before it, so that a kernel may
-    read them while the one before it still runs. Of tensors of inference mode nobody knows.
-    """
-    settled = True
-    for tensor in tensors:
-        mark = None if tensor.is_inference() else _mark(tensor)
-        settled = settled and mark is not None and _asked.get(tensor) == mark
-        _asked[tensor] = mark
-    return settled
-
-
-def _mark(tensor: Tensor) -> tuple:
-    """What differs when it has changed."""
-    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
 def _made(source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """What is made of a tensor, found again by its identity.
 
@@ -72,7 +52,7 @@ def _made(source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """
     if source.is_inference():
         return make(source)
-    mark = _mark(source)
+    mark = (source._version, source.data_ptr(), source.shape, source.stride())
     kept = _kept.get(source)
     if kept is not None and kept.mark == mark:
         return kept.made

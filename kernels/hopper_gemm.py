@@ -32,11 +32,9 @@ class Product(gemm.Product):
         a: bf16 values (rows, K), or codes (rows, K/2).
         a_scales, g_a: None where a is bf16.
         activations: "bf16", or the layout of a_scales.
-        settled: whether weights and their block scales were multiplied before, and have not changed since.
     """
 
     activations: str = "bf16"
-    settled: bool = False
 
     @property
     def arguments(self) -> list:
@@ -72,7 +70,6 @@ def prepare(
     """
     if reason := refuses(a, a_scales, a_global, a_layout, a_granularity, b):
         raise ValueError(reason)
-    settled = weights.are_settled(b, b_scales)
     rows, n, k = a.shape[0], b.shape[-2], b.shape[-1] * 2
     rest = k % weights.ROW_CODES
     a = kernel_input(a)
@@ -97,7 +94,7 @@ def prepare(
         None if offsets is None else kernel_input(offsets),
         None if sizes is None else kernel_input(sizes),
         rows, n, k + rest, 1 if b.dim() == 2 else b.shape[0],
-        activations="bf16" if a_scales is None else a_layout, settled=settled,
+        activations="bf16" if a_scales is None else a_layout,
     )  # fmt: skip
 
 
