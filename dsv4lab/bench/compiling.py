@@ -16,6 +16,8 @@ import torch
 from . import rivals
 from .cases import Case
 
+PEER_JOBS = 8
+"""Processes in which peers compile; each holds memory of the GPU."""
 FEW = 4
 """Kernels that are compiled where they are called."""
 
@@ -25,12 +27,13 @@ def compile_first(
     backend: str | None,
     device: torch.device,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    peers: Sequence[str] = (),
     jobs: int | None = None,
 ) -> int:
     """Compile for a GPU; nothing to do elsewhere.
 
     Args:
-        cases, backend, device: as of `measure.bench`.
+        cases, backend, device, peers: as of `measure.bench`; peers compile, and keep, what they first run.
         progress: called with kernels done, kernels in all, and the name of one.
         jobs: processes; None takes as many as there are cores, but at most 16.
 
@@ -41,7 +44,27 @@ def compile_first(
         return 0
     kernels = needed(cases, backend, device, progress)
     compile_all(kernels, device, progress, jobs)
+    _compile_peers(cases, peers, device, progress)
     return len(kernels)
+
+
+def _compile_peers(cases: Sequence[Case], peers: Sequence[str], device: torch.device, progress) -> None:
+    wanted = [(name, case) for case in cases for name in peers if name in rivals.names_of(case, peers)]
+    if len(wanted) < FEW:
+        return
+    jobs = min(PEER_JOBS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(_run_peer, name, case, str(device)) for name, case in wanted]
+        for done, future in enumerate(as_completed(waiting)):
+            progress(done, len(wanted), future.result())
+
+
+@torch.no_grad()
+def _run_peer(name: str, case: Case, device: str) -> str:
+    given = case.make(device)
+    rivals.prepare(name, case, given, given, 0, "reference")()
+    torch.cuda.synchronize()
+    return name
 
 
 def compile_all(

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         rows.check_file(args.csv)  # known before a measurement that may take long
     where = rows.provenance(device, args.commit)
     with Progress("compiling") as progress:
-        compiling.compile_first(cases, args.backend, device, progress)
+        compiling.compile_first(cases, args.backend, device, progress, args.peers)
     with Progress("measuring") as progress:
         found = measure.bench(cases, args.backend, device, args.repeats, progress, args.peers)
     if args.json:
