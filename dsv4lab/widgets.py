@@ -40,7 +40,7 @@ class Explorer(ipywidgets.VBox):
         return fallback | bundle
 
 
-def explore(draw: Callable[..., Any], *, height: int = 430, **controls: ipywidgets.Widget) -> Explorer:
+def explore(draw: Callable[..., Any], *, height: int = 460, **controls: ipywidgets.Widget) -> Explorer:
     """Draws once with the controls' values, then redraws whenever one of them changes.
 
     Args:
