@@ -599,3 +599,15 @@ def test_on_a_gpu_a_backend_that_computes_outside_the_graph_is_refused(backend):
     case = Case("quantize_token", (16384, 8192))  # one set exceeds the caches, and is run before the capture
     (found,) = measure.bench([case], name, "cuda", 2)
     assert "wrong in" in found.refused
+
+
+def test_a_peer_that_fails_leaves_the_others_alone(monkeypatch):
+    def fail(x, weight):
+        raise AssertionError("this peer wants K % 4096 == 0")
+
+    monkeypatch.setitem(rivals.PEERS, "quack", rivals.Peer("quack-kernels", fail))
+    case = Case("linear_w4a16", (2, 32, 48))
+    given = case.make("cpu")
+    result = case.run(given, "reference")
+    assert rivals.calls("quack", case, [(given, given)], result, 0, "reference") is None
+    assert len(rivals.calls("bf16 linear", case, [(given, given)] * 2, result, 0, "reference")) == 2
