@@ -43,7 +43,7 @@ class Measurement:
         backend: what ran it.
         device: the device's name.
         seconds: of a call.
-        rivals: the same of each rival, the baseline first; None for one that gave a wrong result.
+        rivals: the same of each rival, the baseline first; None for one that failed or was wrong.
         bytes, flops: that the operation needs.
         rotated: bytes of all sets of inputs and results that took turns; 0 where there was one.
         refused: why the case was not measured, empty otherwise.
@@ -168,15 +168,9 @@ def measure(m: Measurement, device: torch.device, repeats: int, peers: Sequence[
         sets += [case.make(device, seed) for seed in range(1, rotation(device, work_bytes))]
         prepared += [case.ready(s, backend) for s in sets[1:]]
     ours, others = [partial(case.run, s, backend) for s in prepared], {}
+    both = list(zip(sets, prepared, strict=True))
     for name in rivals.names_of(case, peers if device.type == "cuda" else ()):
-        calls = [
-            rivals.prepare(name, case, s, r, work_bytes, backend) for s, r in zip(sets, prepared, strict=True)
-        ]
-        try:
-            rivals.check(name, calls[0](), result)
-            others[name] = calls
-        except WrongResult:
-            others[name] = None
+        others[name] = rivals.calls(name, case, both, result, work_bytes, backend)
     right = {name: calls for name, calls in others.items() if calls}
     if device.type == "cuda":
         graph = Replay(ours)

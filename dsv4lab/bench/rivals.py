@@ -129,6 +129,20 @@ def prepare(name: str, case: Case, given: tuple, ready: tuple, work_bytes: int, 
     return lambda: F.grouped_mm(x, weights.mT, offs=ends)
 
 
+def calls(
+    name: str, case: Case, sets: Sequence[tuple[tuple, tuple]], result, work_bytes: int, backend: str
+) -> list[Call] | None:
+    """A rival's call on each set, after one was checked; None for a peer that fails or is wrong."""
+    try:
+        made = [prepare(name, case, *both, work_bytes, backend) for both in sets]
+        check(name, made[0](), result)
+    except Exception:
+        if name not in PEERS:
+            raise
+        return None  # it may not know the shape, and has errors of its own for that
+    return made
+
+
 def _unfused(ready: tuple, backend: str):
     """The GEMM, then SwiGLU and quantization in a kernel of its own, under the same scale."""
     d = grouped_mm(*ready, backend=backend)
