@@ -124,6 +124,7 @@ def bench(
     repeats: int = REPEATS,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     peers: Sequence[str] = (),
+    keep: Callable[[Measurement], object] = lambda m: None,
 ) -> list[Measurement]:
     """Measure cases one after the other.
 
@@ -134,6 +135,7 @@ def bench(
         repeats: how many times are taken of each, from 1 on.
         progress: called with cases done, cases in all, and the name of the next.
         peers: names in rivals.PEERS, measured where they have the operation, on a GPU.
+        keep: called with each measurement as soon as it is there.
 
     Returns:
         One measurement for each case. A wrong result is never timed: its measurement says what is wrong, as
@@ -149,6 +151,7 @@ def bench(
                 found.append(measure(result, device, repeats, peers))
         except (WrongResult, MemoryError, torch.OutOfMemoryError) as error:
             found.append(replace(result, refused=" ".join(str(error).split())))
+        keep(found[-1])
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what graphs held is of no use to the next case
     return found

@@ -73,16 +73,21 @@ def run(args: argparse.Namespace) -> None:
     where = rows.provenance(device, args.commit)
     with Progress("compiling") as progress:
         compiling.compile_first(cases, args.backend, device, progress, args.peers)
+    added = []
+
+    def keep(m) -> None:
+        if args.csv:  # at once, so that an interrupted run keeps what it has
+            added.append(rows.append(args.csv, [m], where, peers))
+
     with Progress("measuring") as progress:
-        found = measure.bench(cases, args.backend, device, args.repeats, progress, args.peers)
+        found = measure.bench(cases, args.backend, device, args.repeats, progress, args.peers, keep)
     if args.json:
         results = [m.as_dict() for m in found]
         print_json({**where, "repeats": args.repeats, "peers": peers, "results": results})
     else:
         print_report(found, where)
     if args.csv:
-        added = rows.append(args.csv, found, where, peers)
-        say(f"{args.csv}: {added} rows added")
+        say(f"{args.csv}: {sum(added)} rows added")
     if refused := [m for m in found if m.refused]:
         first = refused[0]
         raise ValueError(
