@@ -199,23 +199,23 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     where = rows.provenance(device, args.commit)
-    found = []
+    writer = None
+    if args.csv:
+        stream = args.csv.open("w", newline="")
+        writer = csv.DictWriter(stream, HEADER, lineterminator="\n")
+        writer.writeheader()
     for preset in args.presets:
         model = one_layer(PRESETS[preset](), device)
         quantize_model_(model, activation_dtype=args.activations)
         for tokens in args.tokens:
             for row in measure(preset, tokens, model):
-                found.append({**row, **where})
-                print(
-                    f"{preset:6} {tokens:3} {row['part']:20} {row['p50_us']:9.1f} us, floor {row['floor_us']}"
-                )
+                part = f"{preset:6} {tokens:3} {row['part']:20}"
+                print(f"{part} {row['p50_us']:9.1f} us, floor {row['floor_us']}", flush=True)
+                if writer:
+                    writer.writerow({**row, **where})
+                    stream.flush()
         del model
         torch.cuda.empty_cache()
-    if args.csv:
-        with args.csv.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, HEADER, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
 
 
 if __name__ == "__main__":
