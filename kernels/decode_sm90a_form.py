@@ -22,7 +22,7 @@ class Form:
         mmas: MMAs of 16 rows of weights one above the other that a warp has.
         across: warps that have the rows of a tile together: mmas * across is 1 to 16.
         along: warps that share its K in turn.
-        tokens: of a tile: 8, 16 or 32.
+        tokens: of a tile: 8, 16, 32 or 64.
         split: CTAs of a cluster that share the K of a tile: 1, 2, 4 or 8.
         grouped: whether offsets and sizes are given; otherwise there is one group of all rows.
         activations: "bf16", or NVFP4 whose block scales are "linear" or "swizzled".

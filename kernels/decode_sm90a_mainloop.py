@@ -7,6 +7,7 @@ any order as long as activations stand in the same one.
 """
 
 # No annotations from __future__: the DSL reads them as types.
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
@@ -205,7 +206,7 @@ def multiply_tile(
     for i in cutlass.range(turn, ends - begins, form.along, unroll=1):
         slot, round_ = place_in_ring(form, i, ends - begins, count)
         cute.arch.mbarrier_wait(ring.full + slot, round_ % 2)
-        r_tokens = fragments(form, ring.tokens, slot, r_scales)
+        read_tokens = fragments(form, ring.tokens, slot, r_scales)
         if cutlass.const_expr(form.activations != "bf16"):
             fetch_scales(form, tokens, tile, begins + i + form.along, ends, r_scales)
         for first in cutlass.range_constexpr(0, form.mmas, 2):
@@ -214,7 +215,7 @@ def multiply_tile(
                 scale_at = scales_at + _scale_place(form, tile, aside + mma)
                 place = codes_at + mma * MMA_ROWS * _STEP_VECTORS, scale_at
                 pair.append((mma, _rows(form, ring, slot, place, selector)))
-            _multiply_rows(pair, r_tokens, r_sums)
+            _multiply_rows(form, pair, read_tokens, r_sums)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(ring.empty + slot)
@@ -254,14 +255,15 @@ def _rows(form: Form, ring: Ring, slot: Int32, place: tuple, selector: Uint32) -
     return rows
 
 
-def _multiply_rows(pair: list, r_tokens: list, r_sums: cute.Tensor) -> None:
+def _multiply_rows(form: Form, pair: list, read_tokens: Callable, r_sums: cute.Tensor) -> None:
     """Up to twice 16 rows of weights by all tokens for a step, MMAs of both in turn: each waits for its last.
 
     Args:
         pair: which MMAs, and codes and scales of this lane's two rows of each.
-        r_tokens: fragments of each 8 tokens.
+        read_tokens: see `fragments`.
     """
     for i in range(4):
+        tokens = [read_tokens(block, i) for block in range(form.tokens // 8)]
         decoded = [
             (mma, *(registers.decoded(codes[i], scales[i // 2]) for codes, scales in rows))
             for mma, rows in pair
@@ -269,8 +271,7 @@ def _multiply_rows(pair: list, r_tokens: list, r_sums: cute.Tensor) -> None:
         for j in (0, 2):
             for mma, pairs, others in decoded:
                 a = [pairs[j], others[j], pairs[j + 1], others[j + 1]]
-                for block, words in enumerate(r_tokens):
-                    b = words[4 * i + j : 4 * i + j + 2]
-                    sums = registers.multiply(a, b, [r_sums[s, block, mma] for s in range(4)])
+                for block, words in enumerate(tokens):
+                    sums = registers.multiply(a, words[j : j + 2], [r_sums[s, block, mma] for s in range(4)])
                     for s in range(4):
                         r_sums[s, block, mma] = sums[s]

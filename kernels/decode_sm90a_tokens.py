@@ -6,6 +6,7 @@ Rows behind the last token hold anything: they only reach sums that nobody reads
 """
 
 # No annotations from __future__: the DSL reads them as types.
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
@@ -101,8 +102,8 @@ def fetch_scales(
             r_scales[block] = cute.make_tensor(pairs.iterator + (at >> 1), cute.make_layout(1))[0].to(Uint32)
 
 
-def fragments(form: Form, begin: cute.Pointer, slot: Int32, r_scales: cute.Tensor) -> list[list[Uint32]]:
-    """For each 8 tokens 16 words: the pairs of `decoded` for each word of codes that a lane has of weights.
+def fragments(form: Form, begin: cute.Pointer, slot: Int32, r_scales: cute.Tensor) -> Callable:
+    """A function of 8 tokens' number and of a word's: the pairs of `decoded` for that word that a lane has.
 
     Args:
         begin: words of all stages.
@@ -111,19 +112,26 @@ def fragments(form: Form, begin: cute.Pointer, slot: Int32, r_scales: cute.Tenso
     lane, stage = cute.arch.lane_idx(), form.token_bytes // 16
     token, quarter = lane >> 2, lane & 3
     s_vectors = cute.make_tensor(begin, cute.make_layout((4, form.stages * stage)))
-    found = []
-    for block in range(form.tokens // 8):
-        if form.activations == "bf16":
-            # Each 64 values of a token are 8 times 16 bytes, of which number i stands at i ^ (token % 8).
-            first = slot * stage + (quarter >> 1) * (form.tokens * 8) + (block * 8 + token) * 8
-            swizzle = (quarter & 1) * 4 ^ token
-            quads = [registers.paired(_vector(s_vectors, first + (swizzle ^ i))) for i in range(4)]
-        else:
-            words = _vector(s_vectors, slot * stage + (block * 8 + token) * 4 + quarter)
-            scales = registers.scale_pair(r_scales[block], Uint32(0x4140))
-            quads = [registers.decoded(words[i], scales[i // 2]) for i in range(4)]
-        found.append([word for quad in quads for word in quad])
-    return found
+    if form.activations == "bf16":
+        # Each 64 values of a token are 8 times 16 bytes, of which number i stands at i ^ (token % 8).
+        first = slot * stage + (quarter >> 1) * (form.tokens * 8) + token * 8
+        swizzle = (quarter & 1) * 4 ^ token
+
+        def read(block: int, i: int) -> list[Uint32]:
+            return registers.paired(_vector(s_vectors, first + block * 64 + (swizzle ^ i)))
+    else:
+        first = slot * stage + token * 4 + quarter
+        words = [_vector(s_vectors, first + block * 32) for block in range(form.tokens // 8)]
+        scales = [registers.scale_pair(r_scales[i], Uint32(0x4140)) for i in range(form.tokens // 8)]
+
+        def read(block: int, i: int) -> list[Uint32]:
+            return registers.decoded(words[block][i], scales[block][i // 2])
+
+    # Of few tokens all are kept in registers, since several pairs of MMAs take them.
+    if form.tokens > 16:
+        return read
+    kept = {(block, i): read(block, i) for block in range(form.tokens // 8) for i in range(4)}
+    return lambda block, i: kept[block, i]
 
 
 def _vector(s_vectors: cute.Tensor, number: Int32) -> list[Uint32]:
