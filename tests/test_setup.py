@@ -131,5 +131,26 @@ def test_the_torch_it_installs_is_one_that_pyproject_allows():
     assert torch.specifier.contains(version)
 
 
-def test_continuous_integration_runs_the_tests():
-    assert "make test" in (ROOT / ".ci/run").read_text() and os.access(ROOT / ".ci/run", os.X_OK)
+def test_continuous_integration_runs_the_tests_then_the_browser():
+    text = (ROOT / ".ci/run").read_text()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert re.search(
+        r"^make test\n.*^if .ci/chromium --install; then make test-browser; fi$", text, re.M | re.S
+    )
+
+
+def test_a_browser_is_named_or_found_or_missed(tmp_path):
+    def find(**variables):
+        run = subprocess.run(
+            [ROOT / ".ci/chromium"], env={"PATH": f"{tmp_path}", **variables}, capture_output=True, text=True
+        )
+        return run.returncode, run.stdout.strip(), run.stderr
+
+    for name, code in (("chromium", 0), ("other", 0), ("snap", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    assert find() == (0, str(tmp_path / "chromium"), "")
+    assert find(CHROMIUM=str(tmp_path / "other")) == (0, str(tmp_path / "other"), "")
+    for missing in ("/nowhere/chrome", str(tmp_path / "snap")):
+        code, out, message = find(CHROMIUM=missing)
+        assert code == 1 and not out and f"no Chromium at {missing}: install it" in message
