@@ -10,18 +10,17 @@ registers.
 """
 
 # No annotations from __future__: the DSL reads them as types.
-from dataclasses import dataclass
 from functools import cache
 
 import cutlass
 import torch
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, cute, memory
-from dsv4lab.kernels.choose import GROUP_ROWS
 from dsv4lab.kernels.decode_pads import clear_pads
 from dsv4lab.kernels.dequantize import dequantize
 from dsv4lab.kernels.gemm_epilogue import Factors
 from dsv4lab.kernels.gemm_quantize import Quantized
+from dsv4lab.kernels.gemm_sm90a_choice import Many, most_tiles
 from dsv4lab.kernels.gemm_sm90a_dequantize import place
 from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, buffers_layout, load_factors, store_tile, stored
 from dsv4lab.kernels.gemm_sm90a_exchange import give, meet, parts_layout, total
@@ -39,23 +38,13 @@ from dsv4lab.kernels.gemm_sm90a_mainloop import (
     stages_of,
     tiled_mma,
 )
-from dsv4lab.kernels.gemm_tiles import Work, begin, find
+from dsv4lab.kernels.gemm_tiles import Tile, Window, Work, begin, find
 from dsv4lab.kernels.launch import As, launch
 from dsv4lab.kernels.quantize_plan import sm_count
 
 from dsv4lab.formats import BLOCK
 
-
-@dataclass(frozen=True)
-class Many:
-    """The kernel for many tokens; the fields are those of Form."""
-
-    rows: int
-    warpgroups: int = 2
-    depth: int = 128
-    halves: int = 1
-    split: int = 1
-    mates: int = 1
+BAND = 4  # blocks of tokens of one group that are multiplied with all weights before others are
 
 
 @cute.kernel
@@ -92,9 +81,13 @@ def _kernel(
     if cutlass.const_expr(form.mates > 1):
         meet(form)
 
+    # What reads and writes global memory waits until the kernel before this one is done. The next one may
+    # be sent to SMs that have no tile.
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()
     never = cutlass.min(k, 0)
     begins, ends = stages_of(form, rank // form.mates, k)
-    tile, seen = find(work, form, begin(work, form), first)
+    tile, seen = _find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
     if warp >= 4 * form.all_warpgroups:
         if cutlass.const_expr(form.registers):
@@ -108,7 +101,7 @@ def _kernel(
                     form, given, ring, tile, feature_tile, columns, begins, ends, rank, stage, phase
                 )
             number += step
-            tile, seen = find(work, form, seen, number)
+            tile, seen = _find(work, form, seen, number)
             if cutlass.const_expr(form.shares > 1):
                 meet(form)
                 meet(form)
@@ -133,7 +126,7 @@ def _kernel(
                 form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase, never
             )
             number += step
-            following, seen = find(work, form, seen, number)
+            following, seen = _find(work, form, seen, number)
             r_total = r_sums
             if cutlass.const_expr(form.shares > 1):
                 r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
@@ -157,6 +150,19 @@ def _kernel(
 
 
 _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
+
+
+@cute.jit
+def _find(work: Work, form: cutlass.Constexpr[Form], seen: Window, number: Int32):
+    """As gemm_tiles.find, but of one group in bands, so that less is read from memory twice."""
+    tile, seen = find(work, form, seen, number)
+    if cutlass.const_expr(not form.grouped):
+        first = number // (BAND * work.columns) * BAND
+        high = cutlass.max(cutlass.min(seen.rows - first, BAND), 1)
+        inside = number - first * work.columns
+        row = (first + inside % high) * form.rows
+        tile = Tile(tile.here, tile.group, row, work.rows - row, inside // high)
+    return tile, seen
 
 
 def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
@@ -195,7 +201,7 @@ def make(form: Form):
             target = stored(form, out, rows, n if cutlass.const_expr(form.output == "bf16") else n // 2)
         _kernel(form, tiled_mma(form), given, work, factors, target, n, k).launch(
             grid=(clusters * form.ctas, 1, 1), block=(form.threads, 1, 1), cluster=(form.ctas, 1, 1),
-            stream=stream,
+            stream=stream, use_pdl=True,
         )  # fmt: skip
 
     return gemm
@@ -219,10 +225,8 @@ def run(product, output, choice: Many) -> None:
         column_scale=product.column_scale, clamped=output.limit is not None, swizzled=output.swizzled,
         wide=n // 2 % 32 == 0,
     )  # fmt: skip
-    high = -(-product.rows // form.rows)
-    if form.grouped:
-        high = product.rows // GROUP_ROWS * -(-GROUP_ROWS // form.rows)
-    clusters = min(sm_count(product.a.device) // form.ctas, high * -(-n // form.cluster_features))
+    most = most_tiles(choice, product.rows, n, product.groups if form.grouped else None)
+    clusters = min(sm_count(product.a.device) // form.ctas, most)
     targets = [*output.tensors, None, None][:3]
     limit = 0.0 if output.limit is None else float(output.limit)
     operands = [As(tokens, TOKEN), *product.arguments[1:]]

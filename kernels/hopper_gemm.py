@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import cutlass
 import torch
-from dsv4lab.kernels import decode_gemm_sm90a, gemm, grouped_gemm_sm90a
+from dsv4lab.kernels import choose_sm90a, decode_gemm_sm90a, gemm, gemm_sm90a_choice, grouped_gemm_sm90a
 from dsv4lab.kernels import gemm_weights as weights
 from dsv4lab.kernels.choose_sm90a import choose
 from dsv4lab.kernels.gemm import Output
-from dsv4lab.kernels.grouped_gemm_sm90a import Many
 from dsv4lab.kernels.launch import As
 from dsv4lab.kernels.quantize_plan import sm_count
 from dsv4lab.kernels.quantize_run import kernel_input
@@ -53,9 +52,12 @@ def run(operands: list, output: Output) -> None:
     product = prepare(*operands)
     groups = None if product.offsets is None else product.groups
     sizes = (product.rows, product.n, product.k, groups, sm_count(product.a.device))
-    choice = choose(*sizes, output.kind == "nvfp4")
-    launcher = grouped_gemm_sm90a.run if isinstance(choice, Many) else decode_gemm_sm90a.run
-    launcher(product, output, choice)
+    few = choose(*sizes, output.kind == "nvfp4")
+    many, cycles = gemm_sm90a_choice.best(*sizes, product.activations != "bf16")
+    if cycles < choose_sm90a.cycles(few, *sizes):
+        grouped_gemm_sm90a.run(product, output, many)
+    else:
+        decode_gemm_sm90a.run(product, output, few)
 
 
 def prepare(
