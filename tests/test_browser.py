@@ -238,6 +238,7 @@ def take_pictures(page, folder: Path) -> int:
     for theme, name in THEMES.items():
         page.evaluate("(theme) => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", name)
         page.wait_for_selector(f"body[data-jp-theme-name='{name}']", state="attached")
+        page.wait_for_selector("#jupyterlab-splash", state="detached")
         for i in range(cells.count()):
             cells.nth(i).screenshot(path=folder / f"{i:02}-{theme}.png")
     return cells.count()
