@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import cutlass
 import torch
-from dsv4lab.kernels import choose_sm90a, decode_gemm_sm90a, gemm, gemm_sm90a_choice, grouped_gemm_sm90a
+from dsv4lab.kernels import decode_gemm_sm90a, gemm, grouped_gemm_sm90a
 from dsv4lab.kernels import gemm_weights as weights
 from dsv4lab.kernels.choose_sm90a import choose
+from dsv4lab.kernels.decode_sm90a_choice import Decode
 from dsv4lab.kernels.gemm import Output
 from dsv4lab.kernels.launch import As
 from dsv4lab.kernels.quantize_plan import sm_count
@@ -52,12 +53,9 @@ def run(operands: list, output: Output) -> None:
     product = prepare(*operands)
     groups = None if product.offsets is None else product.groups
     sizes = (product.rows, product.n, product.k, groups, sm_count(product.a.device))
-    few = choose(*sizes, output.kind == "nvfp4")
-    many, cycles = gemm_sm90a_choice.best(*sizes, product.activations != "bf16")
-    if cycles < choose_sm90a.cycles(few, *sizes):
-        grouped_gemm_sm90a.run(product, output, many)
-    else:
-        decode_gemm_sm90a.run(product, output, few)
+    choice = choose(*sizes, product.activations != "bf16", output.kind == "nvfp4")
+    launcher = decode_gemm_sm90a.run if isinstance(choice, Decode) else grouped_gemm_sm90a.run
+    launcher(product, output, choice)
 
 
 def prepare(

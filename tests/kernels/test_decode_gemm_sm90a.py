@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from dsv4lab.kernels import decode_gemm_sm90a, gemm, hopper_gemm
-from dsv4lab.kernels.choose_sm90a import Decode
+from dsv4lab.kernels.decode_sm90a_choice import Decode
 from dsv4lab.kernels.decode_sm90a_form import DEPTH
 from torch import Tensor
 
