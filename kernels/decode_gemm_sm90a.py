@@ -16,8 +16,8 @@ import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Uint32, cute, memory
 from cutlass.cute.nvgpu import cpasync
-from dsv4lab.kernels.decode_sm90a_choice import Decode, most_clusters, most_tiles
 from dsv4lab.kernels.decode_pads import clear_pads
+from dsv4lab.kernels.decode_sm90a_choice import Decode, most_clusters, most_tiles
 from dsv4lab.kernels.decode_sm90a_epilogue import Exchange, finish_tile
 from dsv4lab.kernels.decode_sm90a_form import Form
 from dsv4lab.kernels.decode_sm90a_mainloop import (
