@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from dsv4lab.kernels.gemm_sm90a_form import SLICE, Form
 
 GROUP_ROWS = 128  # to which groups are padded
-_ISSUE = 180  # cycles in which four schedulers issue what a warpgroup executes for 64 rows by 64 of K
-_ALONE = 350  # that it takes at least, if nothing else hides how long instructions take
-_OVERLAP = 0.8  # share of an MMA's time that adds to that of the other instructions
+_ISSUE = 200  # cycles in which four schedulers issue what a warpgroup executes for 64 rows by 64 of K
+_FOUR = 0.91  # share of it where four warpgroups wait less for one another
+_ALONE = 210  # cycles that it takes at least, if nothing else hides how long instructions take
+_OVERLAP = 0.52  # share of an MMA's time that adds to that of the other instructions
 _L2_BYTES = 5000  # that all SMs together load in a cycle
+_LOAD_BYTES = 225  # of an SM's loads, that cost a cycle of everything else
 _MEMORY_BYTES = 2400  # from memory in a cycle: 4.3 TB/s at 1.8 GHz
-_TILE_CYCLES, _EXCHANGE_CYCLES = 4000, 2500  # around a tile's products; until sums have met
+_TILE_CYCLES, _EXCHANGE_CYCLES = 4300, 2600  # around a tile's products; until sums have met
 _DEQUANTIZE_CYCLES = 5000  # of NVFP4 activations, at least
 
 
@@ -87,8 +89,10 @@ def cycles(
     clusters = max(1, sm_count // form.ctas)
     active = min(tiles, clusters) * form.ctas
     mma = 2 * form.rows * form.all_warpgroups
-    products = max(1.05 * mma, _ISSUE * form.all_warpgroups + _OVERLAP * mma, _ALONE) / form.halves
-    loads = (form.features * SLICE * 9 // 16 + form.rows * SLICE * 2) * active / _L2_BYTES
+    issue = _ISSUE * form.all_warpgroups * (_FOUR if form.all_warpgroups > 2 else 1)
+    nbytes = form.features * SLICE * 9 // 16 + form.rows * SLICE * 2
+    products = max(1.05 * mma, issue + _OVERLAP * mma, _ALONE) / form.halves + nbytes / _LOAD_BYTES
+    loads = nbytes * active / _L2_BYTES
     once = _TILE_CYCLES + (_EXCHANGE_CYCLES if form.shares > 1 else 0)
     turn = -(-k // (SLICE * form.split)) * max(products, loads) + once
     memory = min(tiles, side * (groups or 1)) * form.cluster_features * k * 9 / 16 / _MEMORY_BYTES

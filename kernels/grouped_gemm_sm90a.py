@@ -38,13 +38,11 @@ from dsv4lab.kernels.gemm_sm90a_mainloop import (
     stages_of,
     tiled_mma,
 )
-from dsv4lab.kernels.gemm_tiles import Tile, Window, Work, begin, find
+from dsv4lab.kernels.gemm_tiles import Work, begin, find
 from dsv4lab.kernels.launch import As, launch
 from dsv4lab.kernels.quantize_plan import sm_count
 
 from dsv4lab.formats import BLOCK
-
-BAND = 4  # blocks of tokens of one group that are multiplied with all weights before others are
 
 
 @cute.kernel
@@ -87,7 +85,7 @@ def _kernel(
     cute.arch.griddepcontrol_wait()
     never = cutlass.min(k, 0)
     begins, ends = stages_of(form, rank // form.mates, k)
-    tile, seen = _find(work, form, begin(work, form), first)
+    tile, seen = find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
     if warp >= 4 * form.all_warpgroups:
         if cutlass.const_expr(form.registers):
@@ -101,7 +99,7 @@ def _kernel(
                     form, given, ring, tile, feature_tile, columns, begins, ends, rank, stage, phase
                 )
             number += step
-            tile, seen = _find(work, form, seen, number)
+            tile, seen = find(work, form, seen, number)
             if cutlass.const_expr(form.shares > 1):
                 meet(form)
                 meet(form)
@@ -126,7 +124,7 @@ def _kernel(
                 form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase, never
             )
             number += step
-            following, seen = _find(work, form, seen, number)
+            following, seen = find(work, form, seen, number)
             r_total = r_sums
             if cutlass.const_expr(form.shares > 1):
                 r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
@@ -150,19 +148,6 @@ def _kernel(
 
 
 _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
-
-
-@cute.jit
-def _find(work: Work, form: cutlass.Constexpr[Form], seen: Window, number: Int32):
-    """As gemm_tiles.find, but of one group in bands, so that less is read from memory twice."""
-    tile, seen = find(work, form, seen, number)
-    if cutlass.const_expr(not form.grouped):
-        first = number // (BAND * work.columns) * BAND
-        high = cutlass.max(cutlass.min(seen.rows - first, BAND), 1)
-        inside = number - first * work.columns
-        row = (first + inside % high) * form.rows
-        tile = Tile(tile.here, tile.group, row, work.rows - row, inside // high)
-    return tile, seen
 
 
 def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
