@@ -55,6 +55,11 @@ CHOICES = (
 )
 
 
+def fits(choice: Many, k: int) -> bool:
+    """Whether each CTA that shares K has a stage of it."""
+    return -(-k // choice.depth) >= choice.split
+
+
 def blocks_of_tokens(choice: Many, rows: int, groups: int | None) -> int:
     """About how many there are, if tokens are spread evenly over the groups."""
     if groups is None:
@@ -70,7 +75,7 @@ def most_tiles(choice: Many, rows: int, n: int, groups: int | None) -> int:
     high = -(-rows // choice.rows)
     if groups is not None:
         high = rows // GROUP_ROWS * -(-GROUP_ROWS // choice.rows)
-    return high * -(-n // choice.form.cluster_features)
+    return max(1, high) * -(-n // choice.form.cluster_features)
 
 
 def cycles(
@@ -105,7 +110,7 @@ def best(
     rows: int, n: int, k: int, groups: int | None, sm_count: int, dequantizes: bool
 ) -> tuple[Many, float]:
     """The choice with the fewest cycles, and these."""
-    usable = [choice for choice in CHOICES if k > (choice.split - 1) * choice.depth]
+    usable = [choice for choice in CHOICES if fits(choice, k)]
     times = [cycles(choice, rows, n, k, groups, sm_count, dequantizes) for choice in usable]
     least = min(range(len(usable)), key=times.__getitem__)
     return usable[least], times[least]

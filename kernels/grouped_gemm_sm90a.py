@@ -20,7 +20,7 @@ from dsv4lab.kernels.decode_pads import clear_pads
 from dsv4lab.kernels.dequantize import dequantize
 from dsv4lab.kernels.gemm_epilogue import Factors
 from dsv4lab.kernels.gemm_quantize import Quantized
-from dsv4lab.kernels.gemm_sm90a_choice import Many, most_tiles
+from dsv4lab.kernels.gemm_sm90a_choice import Many, fits, most_tiles
 from dsv4lab.kernels.gemm_sm90a_dequantize import place
 from dsv4lab.kernels.gemm_sm90a_epilogue import OUT, Stored, buffers_layout, load_factors, store_tile, stored
 from dsv4lab.kernels.gemm_sm90a_exchange import give, meet, parts_layout, total
@@ -197,8 +197,15 @@ def run(product, output, choice: Many) -> None:
 
     Args:
         product, output: operands and what becomes of the sums, see hopper_gemm.Product and gemm.Output.
+
+    Raises:
+        ValueError: there are fewer stages of K than CTAs to share them.
     """
     n, tokens = product.n, product.a
+    if not fits(choice, product.k):
+        raise ValueError(
+            f"{choice.split} CTAs cannot share K = {product.k}, which is less than {choice.depth} for each"
+        )
     if product.activations != "bf16":
         tokens = torch.empty((product.rows, product.k), dtype=torch.bfloat16, device=tokens.device)
         one, swizzled = _one(tokens.device), product.activations == "swizzled"
