@@ -116,7 +116,7 @@ def test_groups_are_exact(choice, cases, gpu):
     assert torch.equal(found[where.real], cases.product(a, b, where).sums.to(BF16)[where.real])
 
 
-@pytest.mark.parametrize("choice", [CHOICES[0], CHOICES[7]], ids=str)
+@pytest.mark.parametrize("choice", [CHOICES[0], CHOICES[6]], ids=str)
 def test_one_hot_rows_pick_values(choice, cases, gpu):
     """Row i of the identity picks column i of the weights: every code with block scales of every size."""
     k, where = 256, cases.one_group(256)
