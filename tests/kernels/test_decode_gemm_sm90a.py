@@ -8,7 +8,8 @@ import pytest
 import torch
 from dsv4lab.kernels import decode_gemm_sm90a, gemm, hopper_gemm
 from dsv4lab.kernels.decode_sm90a_choice import Decode
-from dsv4lab.kernels.decode_sm90a_form import DEPTH
+from dsv4lab.kernels.decode_sm90a_form import DEPTH, Form
+from dsv4lab.kernels.decode_sm90a_mainloop import place_in_ring
 from torch import Tensor
 
 from dsv4lab import reference
@@ -124,6 +125,18 @@ def test_more_steps_than_stages(cases, gpu):
     where, choice = cases.one_group(3), Decode(2, 1, 3, 8, 2, ctas=2)
     a, b = bf16((3, 16384)), cases.nvfp4((72, 16384), 2)
     cases.check(multiply(a, b, where, choice)[0], sums(cases, a, b, where, choice), where)
+
+
+@pytest.mark.parametrize(("along", "steps"), [(3, 7), (4, 3), (2, 8)])
+def test_a_stage_has_steps_of_one_turn_only_round_after_round(along, steps):
+    """Who waits for a stage has had it in the round before: parities of rounds two apart are equal."""
+    form, rounds = Form(2, 1, along, 8, ctas=2), {}
+    for count in range(9):
+        for step in range(steps):
+            slot, round_ = place_in_ring(form, step, steps, count)
+            assert slot // form.depth == step % along and slot < form.stages
+            assert round_ == rounds.get(slot, -1) + 1
+            rounds[slot] = round_
 
 
 @on({"mma": "hardware"})
