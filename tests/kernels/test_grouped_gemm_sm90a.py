@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from dsv4lab.kernels import gemm, grouped_gemm_sm90a, hopper_gemm
+from dsv4lab.kernels import gemm, grouped_gemm_sm90a, hopper_gemm, sass
 from dsv4lab.kernels.gemm_sm90a_choice import CHOICES as CHOSEN
 from dsv4lab.kernels.gemm_sm90a_choice import Many, best
 from torch import Tensor
@@ -264,3 +266,32 @@ def test_choices_suit_the_sizes():
     assert best(64, 64, 64, None, 132, False)[0].split == 1, "K is a single stage"
     bf16, nvfp4 = (best(64, 6144, 7168, None, 132, dequantizes)[1] for dequantizes in (False, True))
     assert bf16 < nvfp4
+
+
+def written(instruction: sass.Instruction) -> set[int]:
+    """Registers that an instruction writes, by its first operand."""
+    first = re.match(r"R(\d+)\b", instruction.operands)
+    if not first or instruction.name in ("STS", "STG", "STL", "HGMMA", "SYNCS"):
+        return set()
+    wide = {"128": 4, "64": 2, "WIDE": 2}
+    count = max((wide.get(modifier, 1) for modifier in instruction.opcode.split(".")), default=1)
+    return set(range(int(first[1]), int(first[1]) + count))
+
+
+@pytest.mark.parametrize(
+    "choice", [Many(256, 2, 64), Many(64, 2, 256, halves=2, split=2), Many(128, 2, 128, split=2)], ids=str
+)
+def test_registers_of_mmas_in_flight_are_left_alone(choice, cases, gpu):
+    """What the assembler makes of the main loop, which it forgets the MMAs of at the end of each round."""
+    where, b = cases.one_group(8), cases.nvfp4((8, 512), 15)
+    multiply(bf16((8, 512)), b, where, choice)
+    (code,) = sass.read(gpu.launches[-1].module.cubin).values()
+    loop = code.loop_with("HGMMA")
+    mmas = [i for i, instruction in enumerate(loop) if instruction.name == "HGMMA"]
+    assert len(mmas) == 4 * choice.form.own_slices and not code.count("LDL", "STL")
+    for start in mmas:
+        a = int(loop[start].operands.split(",")[1][1:])
+        for instruction in (*loop[start + 1 :], *loop):
+            if instruction.matches("WARPGROUP.DEPBAR"):
+                break
+            assert not written(instruction) & set(range(a, a + 4)), f"{loop[start]}, then {instruction}"
