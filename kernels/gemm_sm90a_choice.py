@@ -32,11 +32,10 @@ class Many:
     depth: int = 128
     halves: int = 1
     split: int = 1
-    mates: int = 1
 
     @property
     def form(self) -> Form:
-        return Form(self.rows, self.warpgroups, self.depth, self.halves, self.split, self.mates)
+        return Form(self.rows, self.warpgroups, self.depth, self.halves, self.split)
 
 
 CHOICES = (
@@ -75,7 +74,7 @@ def most_tiles(choice: Many, rows: int, n: int, groups: int | None) -> int:
     high = -(-rows // choice.rows)
     if groups is not None:
         high = rows // GROUP_ROWS * -(-GROUP_ROWS // choice.rows)
-    return max(1, high) * -(-n // choice.form.cluster_features)
+    return max(1, high) * -(-n // choice.form.features)
 
 
 def cycles(
@@ -89,10 +88,10 @@ def cycles(
         sm_count: streaming multiprocessors of the GPU.
         dequantizes: whether activations are NVFP4.
     """
-    form, side = choice.form, -(-n // choice.form.cluster_features)
+    form, side = choice.form, -(-n // choice.form.features)
     tiles = blocks_of_tokens(choice, rows, groups) * side
-    clusters = max(1, sm_count // form.ctas)
-    active = min(tiles, clusters) * form.ctas
+    clusters = max(1, sm_count // form.split)
+    active = min(tiles, clusters) * form.split
     mma = 2 * form.rows * form.all_warpgroups
     issue = _ISSUE * form.all_warpgroups * (_FOUR if form.all_warpgroups > 2 else 1)
     nbytes = form.features * SLICE * 9 // 16 + form.rows * SLICE * 2
@@ -100,7 +99,7 @@ def cycles(
     loads = nbytes * active / _L2_BYTES
     once = _TILE_CYCLES + (_EXCHANGE_CYCLES if form.shares > 1 else 0)
     turn = -(-k // (SLICE * form.split)) * max(products, loads) + once
-    memory = min(tiles, side * (groups or 1)) * form.cluster_features * k * 9 / 16 / _MEMORY_BYTES
+    memory = min(tiles, side * (groups or 1)) * form.features * k * 9 / 16 / _MEMORY_BYTES
     before = max(_DEQUANTIZE_CYCLES, rows * k * 41 / 16 / _MEMORY_BYTES) if dequantizes else 0
     return max(-(-tiles // clusters) * turn, memory + once) + before
 

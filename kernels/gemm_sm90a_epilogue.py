@@ -104,13 +104,12 @@ def weight_factors(form: cutlass.Constexpr[Form], factors: Factors, tile: Tile, 
 
 @cute.jit
 def store_tile(
-    form: cutlass.Constexpr[Form], factors: Factors, out: Stored | Quantized, tile: Tile, feature_tile: Int32,
+    form: cutlass.Constexpr[Form], factors: Factors, out: Stored | Quantized, tile: Tile,
     first: Int32, r_sums: cute.Tensor, s_factors: cute.Tensor, s_out: cute.Tensor, rows: Int32, n: Int32,
 ):  # fmt: skip
     """Store a warpgroup's part of a tile.
 
     Args:
-        feature_tile: number of the CTA's tile of weights.
         first: token of the tile that is stored first.
         s_factors: of the tokens that are stored.
         r_sums: (4 stored / 8,).
@@ -122,7 +121,7 @@ def store_tile(
     group = cute.arch.make_warp_uniform(thread // 128)
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
     lane = cute.arch.lane_idx()
-    column = feature_tile * form.warpgroups + group % form.warpgroups
+    column = tile.column * form.warpgroups + group % form.warpgroups
     feature = column * 64 + warp * 16 + lane // 4
     scales = weight_factors(form, factors, tile, feature, n)
     blocks = cutlass.const_expr(form.store_rows // 8)

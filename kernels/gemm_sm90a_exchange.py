@@ -17,7 +17,7 @@ VECTOR = 4  # sums that a thread has of 8 tokens: of two features, two tokens ea
 @cute.jit
 def meet(form: cutlass.Constexpr[Form]):
     """All threads of the cluster come here."""
-    if cutlass.const_expr(form.ctas > 1):
+    if cutlass.const_expr(form.split > 1):
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
     else:
@@ -30,7 +30,7 @@ def parts_layout(form: Form) -> cute.Layout:
 
 
 @cute.jit
-def give(form: cutlass.Constexpr[Form], s_parts: cute.Tensor, r_sums: cute.Tensor, rank: Int32, share: Int32):
+def give(form: cutlass.Constexpr[Form], s_parts: cute.Tensor, r_sums: cute.Tensor, share: Int32):
     """Hand this thread's sums to those who store them.
 
     Args:
@@ -42,9 +42,7 @@ def give(form: cutlass.Constexpr[Form], s_parts: cute.Tensor, r_sums: cute.Tenso
         mine = s_parts[None, thread % (128 * form.warpgroups), None, share, owner % form.halves]
         there = mine.iterator.toint()
         if cutlass.const_expr(form.split > 1):
-            there = cute.arch.map_dsmem_ptr(
-                mine.iterator, owner // form.halves * form.mates + rank % form.mates
-            ).toint()
+            there = cute.arch.map_dsmem_ptr(mine.iterator, owner // form.halves).toint()
         for i in cutlass.range_constexpr(form.stored // 8):
             words = [ptx.bits(r_sums[(owner * (form.stored // 8) + i) * VECTOR + j]) for j in range(VECTOR)]
             _store(form, there, i * 128 * form.warpgroups * VECTOR * 4, words)

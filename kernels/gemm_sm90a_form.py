@@ -26,7 +26,6 @@ class Form:
         depth: K of a stage: 64, 128 or 256.
         halves: of a stage along K, which other warpgroups multiply with the same rows: 1 or 2.
         split: CTAs of a cluster that share the K of a tile.
-        mates: CTAs of a cluster with the same share and other weights, which load tokens together.
         most_stages: of the ring, or fewer where there is no shared memory for them.
         scaled: whether activations have a global scale.
         grouped: whether offsets and sizes are given; otherwise there is one group of all rows.
@@ -43,7 +42,6 @@ class Form:
     depth: int = 128
     halves: int = 1
     split: int = 1
-    mates: int = 1
     most_stages: int = _MOST_STAGES
     scaled: bool = False
     grouped: bool = False
@@ -57,16 +55,6 @@ class Form:
     def features(self) -> int:
         """Rows of weights of a CTA's tile."""
         return GROUP_FEATURES * self.warpgroups
-
-    @property
-    def ctas(self) -> int:
-        """Of a cluster."""
-        return self.split * self.mates
-
-    @property
-    def cluster_features(self) -> int:
-        """Rows of weights that a cluster multiplies together."""
-        return self.features * self.mates
 
     @property
     def slices(self) -> int:

@@ -69,8 +69,8 @@ def tiled_mma(form: Form) -> cute.TiledMma:
 
 
 def arrivals(form: Form) -> int:
-    """At the barrier of a stage that was read: of all warps that multiply with what this CTA loads."""
-    return 4 * form.all_warpgroups * form.mates
+    """At the barrier of a stage that was read: of all warps that multiply."""
+    return 4 * form.all_warpgroups
 
 
 @cute.jit
@@ -102,11 +102,9 @@ def operands(form: cutlass.Constexpr[Form], pointers: list, rows: Int32, n: Int3
     s_codes = cute.tile_to_shape(atom, (form.features, form.code_bytes, form.stages), order=(0, 1, 2))
     s_scales = cute.make_layout((_WORDS, form.slices, 1, form.stages))
     one = cpasync.CopyBulkTensorTileG2SOp()
-    shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if form.mates > 1 else one
     infos = [
         cpasync.make_tiled_tma_atom(
-            shared, m_tokens, cute.slice_(s_tokens, (None, None, 0)), (form.rows, SLICE),
-            num_multicast=form.mates,
+            one, m_tokens, cute.slice_(s_tokens, (None, None, 0)), (form.rows, SLICE)
         ),
         cpasync.make_tiled_tma_atom(
             one, m_codes, cute.slice_(s_codes, (None, None, 0)), (form.features, form.code_bytes)
@@ -130,29 +128,24 @@ def stages_of(form: cutlass.Constexpr[Form], share: Int32, k: Int32):
 
 @cute.jit
 def load_tile(
-    form: cutlass.Constexpr[Form], given: Operands, ring: Ring, tile: Tile, feature_tile: Int32,
-    columns: Int32, begins: Int32, ends: Int32, rank: Int32, stage: Int32, phase: Int32,
+    form: cutlass.Constexpr[Form], given: Operands, ring: Ring, tile: Tile, columns: Int32, begins: Int32,
+    ends: Int32, stage: Int32, phase: Int32,
 ):  # fmt: skip
     """Bring the operands of a tile, stage after stage.
 
     Args:
-        feature_tile: number of the CTA's tile of weights.
         columns: chunks of block scales of a group.
         begins, ends: stages along K.
         stage, phase: of the ring, where the first ones go; gives those that are next.
     """
     m_tokens, m_codes, m_scales = given.tensors
-    mates, mate, mask = cute.make_layout(form.mates), 0, None
-    if cutlass.const_expr(form.mates > 1):
-        mate = rank % form.mates
-        mask = (Int32((1 << form.mates) - 1) << (rank - mate)).to(cutlass.Int16)
     g_tokens = cute.local_tile(cute.domain_offset((tile.row, 0), m_tokens), (form.rows, SLICE), (0, None))
-    g_codes = cute.local_tile(m_codes, (form.features, form.code_bytes), (feature_tile, None, tile.group))
-    block = tile.group * columns + feature_tile * form.features // SCALE_ROWS
+    g_codes = cute.local_tile(m_codes, (form.features, form.code_bytes), (tile.column, None, tile.group))
+    block = tile.group * columns + tile.column * form.features // SCALE_ROWS
     g_scales = cute.local_tile(m_scales, (_WORDS, form.slices, 1), (0, None, block))
-    s_tokens, g_tokens = _partition(given.loads[0], mate, mates, ring.s_tokens, g_tokens, 2)
-    s_codes, g_codes = _partition(given.loads[1], 0, cute.make_layout(1), ring.s_codes, g_codes, 2)
-    s_scales, g_scales = _partition(given.loads[2], 0, cute.make_layout(1), ring.s_scales, g_scales, 3)
+    s_tokens, g_tokens = _partition(given.loads[0], ring.s_tokens, g_tokens, 2)
+    s_codes, g_codes = _partition(given.loads[1], ring.s_codes, g_codes, 2)
+    s_scales, g_scales = _partition(given.loads[2], ring.s_scales, g_scales, 3)
     for i in cutlass.range(begins, ends, unroll=1):
         full = ring.full + stage
         # Phases of a barrier are 0, 1, 0, ...; before the first one, waiting for 1 does not wait.
@@ -164,7 +157,7 @@ def load_tile(
         for j in cutlass.range_constexpr(form.slices):
             cute.copy(
                 given.loads[0], g_tokens[None, i * form.slices + j], s_tokens[None, stage * form.slices + j],
-                tma_bar_ptr=full, mcast_mask=mask,
+                tma_bar_ptr=full,
             )  # fmt: skip
         stage, phase = _next(form, stage, phase)
     return stage, phase
@@ -179,17 +172,18 @@ def _next(form: cutlass.Constexpr[Form], stage: Int32, phase: Int32):
     return stage, phase
 
 
-def _partition(load, cta, ctas, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
+def _partition(load, s_tensor: cute.Tensor, g_tensor: cute.Tensor, modes: int):
     """Boxes in shared and in global memory: (box, ...)."""
     return cpasync.tma_partition(
-        load, cta, ctas, cute.group_modes(s_tensor, 0, modes), cute.group_modes(g_tensor, 0, modes)
-    )
+        load, 0, cute.make_layout(1), cute.group_modes(s_tensor, 0, modes),
+        cute.group_modes(g_tensor, 0, modes),
+    )  # fmt: skip
 
 
 @cute.jit
 def multiply_tile(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, ring: Ring, at: Place, r_sums: cute.Tensor,
-    rank: Int32, part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32, never: Int32,
+    part_of_stage: Int32, steps: Int32, stage: Int32, phase: Int32, never: Int32,
 ):  # fmt: skip
     """Multiply the stages of a tile; while MMAs run, the operands of the next ones are dequantized.
 
@@ -217,7 +211,7 @@ def multiply_tile(
             warpgroup.wait_group(0)
             keep(r_words, never, at.scales)
             if cutlass.const_expr(part == 0) and i > 0:
-                release(form, ring, rank, before)
+                release(ring, before)
             scale(r_spread, scales, r_words)
             warpgroup.fence()
             for step in cutlass.range_constexpr(cute.size(r_tokens, mode=[2])):
@@ -230,26 +224,20 @@ def multiply_tile(
     warpgroup.wait_group(0)
     keep(r_words, never, at.scales)
     if steps > 0:
-        release(form, ring, rank, before)
+        release(ring, before)
     return stage, phase
 
 
 @cute.jit
-def release(form: cutlass.Constexpr[Form], ring: Ring, rank: Int32, stage: Int32):
+def release(ring: Ring, stage: Int32):
     """This warp has read a stage."""
-    free = ring.free + stage
-    lane = cute.arch.lane_idx()
-    if cutlass.const_expr(form.mates > 1):
-        # Tokens came from all mates, which must not send more of them too early.
-        if lane < form.mates:
-            cute.arch.mbarrier_arrive(free, rank // form.mates * form.mates + lane)
-    elif lane == 0:
-        cute.arch.mbarrier_arrive(free)
+    if cute.arch.lane_idx() == 0:
+        cute.arch.mbarrier_arrive(ring.free + stage)
 
 
 @cute.jit
 def wait(barrier: cute.Pointer, phase: Int32):
-    """Until a phase is over, without the DSL's sleep, from which threads wake late."""
+    """Until a phase is over, without the DSL's sleep, which took 1 to 3 % longer."""
     address = barrier.toint()
     done = _asked(address, phase)
     while done == 0:

@@ -53,7 +53,7 @@ def _kernel(
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     block, _, _ = cute.arch.block_idx()
     blocks, _, _ = cute.arch.grid_dim()
-    first, step, rank = block // form.ctas, blocks // form.ctas, block % form.ctas
+    first, step, rank = block // form.split, blocks // form.split, block % form.split
 
     smem = memory.SmemAllocator()
     barriers = smem.allocate_array(cutlass.Int64, 2 * form.stages)
@@ -76,15 +76,12 @@ def _kernel(
                 cute.arch.mbarrier_init(ring.free + stage, arrivals(form))
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
-    if cutlass.const_expr(form.mates > 1):
-        meet(form)
-
     # What reads and writes global memory waits until the kernel before this one is done. The next one may
     # be sent to SMs that have no tile.
     cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()
     never = cutlass.min(k, 0)
-    begins, ends = stages_of(form, rank // form.mates, k)
+    begins, ends = stages_of(form, rank, k)
     tile, seen = find(work, form, begin(work, form), first)
     number, stage, phase = first, Int32(0), Int32(0)
     if warp >= 4 * form.all_warpgroups:
@@ -92,12 +89,9 @@ def _kernel(
             cute.arch.setmaxregister_decrease(24)
         loads = warp == 4 * form.all_warpgroups
         while tile.here:
-            feature_tile = _feature_tile(form, tile, rank)
             columns = cute.ceil_div(n, SCALE_ROWS)
             if loads:
-                stage, phase = load_tile(
-                    form, given, ring, tile, feature_tile, columns, begins, ends, rank, stage, phase
-                )
+                stage, phase = load_tile(form, given, ring, tile, columns, begins, ends, stage, phase)
             number += step
             tile, seen = find(work, form, seen, number)
             if cutlass.const_expr(form.shares > 1):
@@ -109,19 +103,18 @@ def _kernel(
         if cutlass.const_expr(form.registers):
             cute.arch.setmaxregister_increase(form.registers)
         taker = warp // (4 * form.warpgroups)
-        share = rank // form.mates * form.halves + taker if cutlass.const_expr(form.split > 1) else taker
+        share = rank * form.halves + taker
         if cutlass.const_expr(form.output == "nvfp4"):
             warps = cutlass.const_expr(4 * form.all_warpgroups)
             clear_pads(form, work, out.scales, out.columns, block * warps + warp, blocks * warps)
         while tile.here:
-            feature_tile = _feature_tile(form, tile, rank)
             if cutlass.const_expr(form.scaled):
                 load_factors(form, factors, tile, (share - taker) * form.stored, s_factors)
-            half = feature_tile % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
+            half = tile.column % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
             at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), taker, half)
             r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
             stage, phase = multiply_tile(
-                form, mma, ring, at, r_sums, rank, taker, ends - begins, stage, phase, never
+                form, mma, ring, at, r_sums, taker, ends - begins, stage, phase, never
             )
             number += step
             following, seen = find(work, form, seen, number)
@@ -129,12 +122,12 @@ def _kernel(
             if cutlass.const_expr(form.shares > 1):
                 r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
                 meet(form)
-                give(form, s_parts, r_sums, rank, share)
+                give(form, s_parts, r_sums, share)
                 meet(form)
                 total(form, s_parts, taker, r_total)
             s_own = cute.make_tensor(s_factors.iterator + taker * form.stored, cute.make_layout(form.stored))
             token = share * form.stored
-            store_tile(form, factors, out, tile, feature_tile, token, r_total, s_own, s_out, work.rows, n)
+            store_tile(form, factors, out, tile, token, r_total, s_own, s_out, work.rows, n)
             if cutlass.const_expr(form.shares > 1) and following.here:
                 cute.arch.fence_view_async_shared()
                 meet(form)
@@ -142,17 +135,9 @@ def _kernel(
         if warp % 4 == 0:
             with cute.arch.elect_one():
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-    if cutlass.const_expr(form.mates > 1):
-        # Nobody leaves while another one may still arrive here.
-        meet(form)
 
 
 _kernel.set_name_prefix("grouped_gemm", remove_cutlass_symbol=True, keep_mangled_name=False)
-
-
-def _feature_tile(form: Form, tile, rank: Int32) -> Int32:
-    """Number of this CTA's tile of weights."""
-    return tile.column * form.mates + rank % form.mates if form.mates > 1 else tile.column
 
 
 def make(form: Form):
@@ -170,7 +155,7 @@ def make(form: Form):
         work = Work(
             cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
             cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
-            rows, groups, cute.ceil_div(n, form.cluster_features),
+            rows, groups, cute.ceil_div(n, form.features),
         )  # fmt: skip
         # Their steps say where which scale is; of a layout with one element every place would be the first.
         any_place = cute.make_layout(2**31 - 1)
@@ -185,7 +170,7 @@ def make(form: Form):
         else:
             target = stored(form, out, rows, n if cutlass.const_expr(form.output == "bf16") else n // 2)
         _kernel(form, tiled_mma(form), given, work, factors, target, n, k).launch(
-            grid=(clusters * form.ctas, 1, 1), block=(form.threads, 1, 1), cluster=(form.ctas, 1, 1),
+            grid=(clusters * form.split, 1, 1), block=(form.threads, 1, 1), cluster=(form.split, 1, 1),
             stream=stream, use_pdl=True,
         )  # fmt: skip
 
@@ -212,13 +197,13 @@ def run(product, output, choice: Many) -> None:
         dequantize(product.a, product.a_scales, one, "tensor", swizzled, False, tokens.dtype, tokens)
     form = Form(
         choice.rows, choice.warpgroups, choice.depth, choice.halves, choice.split,
-        choice.mates,
+
         scaled=product.g_a is not None, grouped=product.offsets is not None, output=output.kind,
         column_scale=product.column_scale, clamped=output.limit is not None, swizzled=output.swizzled,
         wide=n // 2 % 32 == 0,
     )  # fmt: skip
     most = most_tiles(choice, product.rows, n, product.groups if form.grouped else None)
-    clusters = min(sm_count(product.a.device) // form.ctas, most)
+    clusters = min(sm_count(product.a.device) // form.split, most)
     targets = [*output.tensors, None, None][:3]
     limit = 0.0 if output.limit is None else float(output.limit)
     operands = [As(tokens, TOKEN), *product.arguments[1:]]

@@ -27,10 +27,10 @@ CHOICES = (
     Many(96, 1, 64, split=2),  # K ends within a CTA's share, chunks of block scales are shared by tiles
     Many(64, 2, 64, split=4),
     Many(192, 2, 64),  # registers are moved, tiles reach into the next group
-    Many(64, 1, 256, mates=2, split=2),
+    Many(64, 1, 256, split=2),
     Many(64, 2, 128, halves=2),  # four warpgroups, of which two multiply each half of a stage
     Many(128, 1, 256, halves=2, split=2),
-    Many(256, 2, 64, mates=2),
+    Many(256, 2, 64, split=2),
 )
 EVERY = pytest.mark.parametrize("choice", CHOICES, ids=str)
 
@@ -256,7 +256,7 @@ def test_choices_have_shared_memory_for_a_ring(choice):
     """Sums that are exchanged stand where the ring was."""
     form = choice.form
     assert form.stages >= 2 and form.stages * form.stage_bytes >= form.parts_bytes
-    assert form.stored % 8 == 0 and form.ctas <= 8
+    assert form.stored % 8 == 0 and form.split <= 8
 
 
 def test_choices_suit_the_sizes():
