@@ -18,20 +18,22 @@ from dsv4lab.kernels.uses import Use
 
 from dsv4lab.device import ARCHITECTURES
 from dsv4lab.emulator import Launch, device
-from dsv4lab.ops import unavailable_reason
 
 KEPT = Path(__file__).resolve().parents[1] / "data" / "kernels.csv"
 """The table that comes with the repository."""
 
-# Of which a table says how often they occur: block-scaled MMAs, copies to tensor memory, loads by TMA, loads
-# from tensor memory, conversions to E2M1.
+# Of which a table says how often they occur: block-scaled MMAs, copies to tensor memory, loads from tensor
+# memory, MMAs of warpgroups and of warps, loads by TMA, conversions to E2M1.
 COUNTED = {
     "utcomma": ("UTCOMMA",),
     "utccp": ("UTCCP",),
-    "utmaldg": ("UTMALDG",),
     "ldtm": ("LDTM",),
+    "hgmma": ("HGMMA",),
+    "hmma": ("HMMA",),
+    "utmaldg": ("UTMALDG",),
     "to_e2m1": ("F2FP.E2M1",),
 }
+MMAS = ("UTCOMMA", "HGMMA", "HMMA")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Row:
         stack_bytes: of a thread, in local memory.
         spills: instructions that access local memory.
         instructions: without NOP.
-        main_loop: instructions of the shortest loop with a block-scaled MMA; None without one.
-        utcomma, utccp, utmaldg, ldtm, to_e2m1: how many there are of COUNTED.
+        main_loop: instructions of the shortest loop with an MMA; None without one.
+        loop_spills: those in it that access local memory.
+        utcomma, utccp, ldtm, hgmma, hmma, utmaldg, to_e2m1: how many there are of COUNTED.
         use: the first operation that takes it.
         cutlass_dsl: version of the compiler.
     """
@@ -66,10 +69,13 @@ class Row:
     spills: int
     instructions: int
     main_loop: int | None
+    loop_spills: int
     utcomma: int
     utccp: int
-    utmaldg: int
     ldtm: int
+    hgmma: int
+    hmma: int
+    utmaldg: int
     to_e2m1: int
     use: str
     cutlass_dsl: str
@@ -99,10 +105,9 @@ def make_rows(
     """
     backend, total, found = ARCHITECTURES[arch], sum(1 for _ in uses()), {}
     with device(arch, executor=lambda launch: None) as gpu:
-        multiplies = unavailable_reason(backend, "cpu", "grouped_mm") is None
         for i, use in enumerate(uses()):
             progress(i, total, use.name)
-            if use.product and not multiplies:
+            if use.weight_only and backend != "hopper":
                 continue
             before = len(gpu.launches)
             use.call(backend=backend)
@@ -120,6 +125,7 @@ def row(launch: Launch, make: Callable, config: tuple, use: str) -> Row:
     """The row of a kernel that was launched."""
     code = sass.read(launch.module.cubin)[launch.kernel]
     x, y, z = launch.block
+    main_loop = min(filter(None, map(code.loop_with, MMAS)), key=len, default=())
     return Row(
         kernel=make.__module__.rpartition(".")[2],
         configuration=configuration(make, config),
@@ -131,7 +137,8 @@ def row(launch: Launch, make: Callable, config: tuple, use: str) -> Row:
         stack_bytes=code.frame_bytes,
         spills=code.spills,
         instructions=len(code.instructions) - code.count("NOP"),
-        main_loop=len(code.loop_with("UTCOMMA")) or None,
+        main_loop=len(main_loop) or None,
+        loop_spills=sum(i.name in sass.LOCAL for i in main_loop),
         **{name: code.count(*opcodes) for name, opcodes in COUNTED.items()},
         use=use,
         cutlass_dsl=cutlass.__version__,

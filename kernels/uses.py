@@ -45,12 +45,12 @@ class Use:
     Args:
         name: of it, such as "flash linear 16x4096x1024", T x K x N.
         call: it; takes a keyword `backend`.
-        product: whether it multiplies, for which not every architecture has kernels.
+        weight_only: whether it multiplies bf16 activations, for which Blackwell has no kernels.
     """
 
     name: str
     call: Callable[..., object]
-    product: bool = False
+    weight_only: bool = False
 
 
 def uses(sizes: Iterable[tuple[str, int]] = SIZES) -> Iterator[Use]:
@@ -59,7 +59,7 @@ def uses(sizes: Iterable[tuple[str, int]] = SIZES) -> Iterator[Use]:
         config = MODELS[model]()
         for part in (linears, experts, norms, activations, conversions):
             for use in part(config, t):
-                yield dataclasses.replace(use, name=f"{model} {use.name}", product=part in (linears, experts))
+                yield dataclasses.replace(use, name=f"{model} {use.name}")
 
 
 def linears(c: ModelConfig, t: int) -> Iterator[Use]:
@@ -70,7 +70,9 @@ def linears(c: ModelConfig, t: int) -> Iterator[Use]:
         (hidden, c.q_lora_rank), (c.q_lora_rank, heads), (hidden, c.head_dim), (low_rank, hidden),
         (width, hidden),
     )):  # fmt: skip
-        yield Use(f"linear {t}x{k}x{n}", partial(grouped_mm, nvfp4(t, k, granularity="token"), nvfp4(n, k)))
+        b = nvfp4(n, k)
+        yield Use(f"linear {t}x{k}x{n}", partial(grouped_mm, nvfp4(t, k, granularity="token"), b))
+        yield Use(f"w4a16 linear {t}x{k}x{n}", partial(grouped_mm, _empty(t, k), b), weight_only=True)
     a = nvfp4(t, hidden)
     yield from _swiglus(f"shared expert {t}x{hidden}x{2 * width}", a, nvfp4(2 * width, hidden, woven=True))
     k, n = heads // c.o_groups, c.o_lora_rank

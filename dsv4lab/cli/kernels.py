@@ -12,7 +12,7 @@ ARCHITECTURES = ("sm_100a", "sm_103a", "sm_90a")
 COLUMNS = (
     ("name", "kernel"), ("registers", "regs"), ("shared_bytes", "shared"), ("stages", "stages"),
     ("stack_bytes", "stack"), ("spills", "spills"), ("instructions", "instr"), ("main_loop", "loop"),
-    ("utcomma", "UTCOMMA"), ("to_e2m1", "E2M1"),
+    ("utcomma", "UTCOMMA"), ("hgmma", "HGMMA"), ("hmma", "HMMA"), ("to_e2m1", "E2M1"),
 )  # fmt: skip
 """Of the table: key, title."""
 COSTS = (
@@ -28,9 +28,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     about = "Compile every kernel that the models' operations take, and print what the compiler made of it."
     epilog = (
         "Registers are those of a thread at its start, shared memory is a CTA's in bytes, loop the "
-        "instructions of a product's main loop; UTCOMMA are block-scaled MMAs, E2M1 conversions to FP4. This "
-        "takes minutes, and no GPU. The table kept in the repository is made by --arch "
-        "sm_100a,sm_103a,sm_90a --csv data/kernels.csv."
+        "instructions of a product's main loop; UTCOMMA are block-scaled MMAs, HGMMA those of a warpgroup, "
+        "HMMA of a warp, E2M1 conversions to FP4. This takes minutes, and no GPU. The table kept in the "
+        "repository is made by --arch sm_100a,sm_103a,sm_90a --csv data/kernels.csv."
     )
     parser = command(commands, "kernels", about, epilog)
     parser.add_argument(

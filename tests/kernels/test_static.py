@@ -21,6 +21,7 @@ KEPT = table.from_csv(ROOT / "data" / "kernels.csv")
 ARCHITECTURES = ("sm_100a", "sm_103a", "sm_90a")
 BLACKWELL = ARCHITECTURES[:2]
 PRODUCTS = ("grouped_gemm_sm100a", "decode_gemm_sm100a")
+HOPPER_PRODUCTS = {"grouped_gemm_sm90a": "hgmma", "decode_gemm_sm90a": "hmma"}
 REGISTERS, SHARED_BYTES = 65536, 232448  # of an SM; of a CTA
 
 
@@ -112,30 +113,39 @@ def test_without_the_disassembler_a_line_says_what_to_install(monkeypatch, tmp_p
 def test_the_table_has_every_kernel_for_both_architectures():
     assert len({row.key for row in KEPT}) == len(KEPT)
     named = {arch: {(r.kernel, r.configuration) for r in KEPT if r.arch == arch} for arch in ARCHITECTURES}
-    assert named["sm_100a"] == named["sm_103a"] and named["sm_90a"]
-    found = {kernel for kernel, _ in named["sm_100a"]}
-    assert found == {*PRODUCTS, "quantize_rows", "amax", "dequantize", "swizzle"}
+    assert named["sm_100a"] == named["sm_103a"]
+    others = {"quantize_rows", "amax", "dequantize", "swizzle"}
+    assert {kernel for kernel, _ in named["sm_100a"]} == {*PRODUCTS, *others}
+    assert {kernel for kernel, _ in named["sm_90a"]} == {*HOPPER_PRODUCTS, *others}
 
 
 def wrong(row: table.Row) -> list[str]:
     """What a kernel must not have, or must have and has not."""
-    product, cute = row.kernel in PRODUCTS, row.arch in BLACKWELL
+    cute = row.arch in BLACKWELL
     quantizes = "output=nvfp4" in row.configuration or (
         row.kernel == "quantize_rows" and "output=" not in row.configuration
     )
     rules = {
-        "no local memory": row.spills == row.stack_bytes == 0,
+        "no local memory": row.spills == row.stack_bytes == 0 or row.kernel in HOPPER_PRODUCTS,
+        "no local memory in the main loop": row.loop_spills == 0,
         "registers of an SM": row.registers * row.threads <= REGISTERS,
         "shared memory of a CTA": row.shared_bytes <= SHARED_BYTES,
         "E2M1 conversions": (row.to_e2m1 > 0) == (quantizes and cute),
     }
-    if product:
+    if mma := HOPPER_PRODUCTS.get(row.kernel):
+        rules |= {
+            "the architecture with wgmma": row.arch == "sm_90a",
+            "MMAs and TMA": min(getattr(row, mma), row.utmaldg) > 0,
+        }
+    if row.kernel in PRODUCTS:
         rules |= {
             "an architecture with FP4": cute,
             "a stage's MMAs, of K = 64 each": row.utcomma % 4 == 0,
             "MMAs, scale copies, TMA, sums": min(row.utcomma, row.utccp, row.utmaldg, row.ldtm) > 0,
-            "a pipeline": row.stages is not None and row.stages >= 2 and row.main_loop is not None,
         }
+    if row.kernel in (*PRODUCTS, *HOPPER_PRODUCTS):
+        pipelined = row.stages is not None and row.stages >= 2
+        rules["a pipeline"] = pipelined and row.main_loop is not None
     return [rule for rule, holds in rules.items() if not holds]
 
 
@@ -149,13 +159,19 @@ def test_rules_can_be_broken():
     row = next(row for row in KEPT if row.kernel == "grouped_gemm_sm100a")
     assert wrong(row) == []
     for changes, rule in (
-        ({"spills": 1}, "no local memory"), ({"stack_bytes": 8}, "no local memory"),
+        ({"spills": 1}, "no local memory"), ({"loop_spills": 1}, "no local memory in the main loop"),
+        ({"stack_bytes": 8}, "no local memory"),
         ({"registers": 400}, "registers of an SM"), ({"shared_bytes": 233000}, "shared memory of a CTA"),
         ({"utcomma": 6}, "a stage's MMAs, of K = 64 each"), ({"stages": 1}, "a pipeline"),
         ({"utccp": 0}, "MMAs, scale copies, TMA, sums"), ({"arch": "sm_90a"}, "an architecture with FP4"),
         ({"to_e2m1": 1 - (row.to_e2m1 > 0)}, "E2M1 conversions"),
     ):  # fmt: skip
         assert wrong(dataclasses.replace(row, **changes)) == [rule], rule
+    for kernel, mma in HOPPER_PRODUCTS.items():
+        row = next(row for row in KEPT if row.kernel == kernel)
+        assert wrong(row) == []
+        assert wrong(dataclasses.replace(row, **{mma: 0})) == ["MMAs and TMA"]
+        assert wrong(dataclasses.replace(row, main_loop=None)) == ["a pipeline"]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -214,7 +230,11 @@ def test_the_command_prints_writes_and_gives_rows(few, tmp_path, capsys):
     (row,) = table.from_csv(tmp_path / "t.csv")
     assert title == f"sm_100a: 1 kernels, nvidia-cutlass-dsl {row.cutlass_dsl}"
     assert header.split()[:3] == ["kernel", "regs", "shared"]
-    assert line.split() == f"swizzle {row.configuration} {row.registers} 0 0 0 {row.instructions} 0 0".split()
+    zeros = "0 0 0 0"
+    assert (
+        line.split()
+        == f"swizzle {row.configuration} {row.registers} 0 0 0 {row.instructions} {zeros}".split()
+    )
     assert main(["kernels", "--json", "--arch", "sm_103a,sm_90a"]) == 0
     printed = json.loads(capsys.readouterr().out)["rows"]
     assert [r["arch"] for r in printed] == ["sm_103a", "sm_90a"]
@@ -240,5 +260,5 @@ def test_uses_are_named_by_what_they_take():
     names = [use.name for use in all_uses.uses((("flash", 16), ("nano", 1)))]
     assert "flash linear 16x4096x1024" in names and "flash wo_a 16x4096x1024x8" in names
     assert "flash experts 16x2048x4096x256" in names and "nano mhc_rmsnorm_quantize 1x256" in names
-    products = {use.product for use in all_uses.uses((("nano", 1),)) if "linear" in use.name}
-    assert products == {True} and len(list(all_uses.uses((("nano", 1),)))) < len(names)
+    few = list(all_uses.uses((("nano", 1),)))
+    assert {use.weight_only for use in few if "linear" in use.name} == {True, False} and len(few) < len(names)
