@@ -45,6 +45,80 @@ from dsv4lab.kernels.quantize_plan import sm_count
 from dsv4lab.formats import BLOCK
 
 
+@cute.jit
+def _load_tiles(
+    form: cutlass.Constexpr[Form], work: Work, given: Operands, ring: Ring, first: Int32, step: Int32,
+    rank: Int32, n: Int32, k: Int32,
+):  # fmt: skip
+    """Bring the operands of every tile; of the warps that come here, the first one.
+
+    Args:
+        first, step: numbers of the tiles.
+        rank: of this CTA among those that share a tile.
+    """
+    loads = cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4 * form.all_warpgroups
+    begins, ends = stages_of(form, rank, k)
+    tile, seen = find(work, form, begin(work, form), first)
+    number, stage, phase = first, Int32(0), Int32(0)
+    while tile.here:
+        if loads:
+            columns = cute.ceil_div(n, SCALE_ROWS)
+            stage, phase = load_tile(form, given, ring, tile, columns, begins, ends, stage, phase)
+        number += step
+        tile, seen = find(work, form, seen, number)
+        if cutlass.const_expr(form.shares > 1):
+            # The ring gives way to sums, and may be filled again when those have been added up.
+            meet(form)
+            meet(form)
+            if tile.here:
+                meet(form)
+
+
+@cute.jit
+def _multiply_tiles(
+    form: cutlass.Constexpr[Form], work: Work, mma: cute.TiledMma, ring: Ring, factors: Factors,
+    out: Stored | Quantized, s_factors: cute.Tensor, s_out: cute.Tensor, first: Int32, step: Int32,
+    rank: Int32, n: Int32, k: Int32,
+):  # fmt: skip
+    """Multiply every tile and store it.
+
+    Args:
+        s_factors: room for global scales of the tokens that this CTA stores.
+        s_out: buffers from which tiles are stored.
+        first, step, rank: see _load_tiles.
+    """
+    taker = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // (4 * form.warpgroups)
+    share = rank * form.halves + taker
+    parts = cute.make_ptr(SUM, ring.s_tokens.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
+    s_parts = cute.make_tensor(parts, parts_layout(form))
+    s_own = cute.make_tensor(s_factors.iterator + taker * form.stored, cute.make_layout(form.stored))
+    begins, ends = stages_of(form, rank, k)
+    tile, seen = find(work, form, begin(work, form), first)
+    number, stage, phase = first, Int32(0), Int32(0)
+    while tile.here:
+        if cutlass.const_expr(form.scaled):
+            load_factors(form, factors, tile, (share - taker) * form.stored, s_factors)
+        half = tile.column % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
+        at = place(form, ring.s_codes.iterator.toint(), ring.s_scales.iterator.toint(), taker, half)
+        r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
+        never = cutlass.min(k, 0)
+        stage, phase = multiply_tile(form, mma, ring, at, r_sums, taker, ends - begins, stage, phase, never)
+        number += step
+        following, seen = find(work, form, seen, number)
+        r_total = r_sums
+        if cutlass.const_expr(form.shares > 1):
+            r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
+            meet(form)
+            give(form, s_parts, r_sums, share)
+            meet(form)
+            total(form, s_parts, taker, r_total)
+        store_tile(form, factors, out, tile, share * form.stored, r_total, s_own, s_out, work.rows, n)
+        if cutlass.const_expr(form.shares > 1) and following.here:
+            cute.arch.fence_view_async_shared()
+            meet(form)
+        tile = following
+
+
 @cute.kernel
 def _kernel(
     form: cutlass.Constexpr[Form], mma: cute.TiledMma, given: Operands, work: Work, factors: Factors,
@@ -66,8 +140,6 @@ def _kernel(
     s_out = buffers_layout(form)
     s_out = smem.allocate_tensor(OUT, s_out.outer, 1024, swizzle=s_out.inner)
     ring = Ring(s_tokens, s_codes, s_scales, barriers, barriers + form.stages)
-    parts = cute.make_ptr(SUM, s_tokens.iterator.toint(), cute.AddressSpace.smem, assumed_align=16)
-    s_parts = cute.make_tensor(parts, parts_layout(form))
 
     if warp == 0:
         with cute.arch.elect_one():
@@ -80,58 +152,17 @@ def _kernel(
     # be sent to SMs that have no tile.
     cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()
-    never = cutlass.min(k, 0)
-    begins, ends = stages_of(form, rank, k)
-    tile, seen = find(work, form, begin(work, form), first)
-    number, stage, phase = first, Int32(0), Int32(0)
     if warp >= 4 * form.all_warpgroups:
         if cutlass.const_expr(form.registers):
             cute.arch.setmaxregister_decrease(24)
-        loads = warp == 4 * form.all_warpgroups
-        while tile.here:
-            columns = cute.ceil_div(n, SCALE_ROWS)
-            if loads:
-                stage, phase = load_tile(form, given, ring, tile, columns, begins, ends, stage, phase)
-            number += step
-            tile, seen = find(work, form, seen, number)
-            if cutlass.const_expr(form.shares > 1):
-                meet(form)
-                meet(form)
-                if tile.here:
-                    meet(form)
+        _load_tiles(form, work, given, ring, first, step, rank, n, k)
     else:
         if cutlass.const_expr(form.registers):
             cute.arch.setmaxregister_increase(form.registers)
-        taker = warp // (4 * form.warpgroups)
-        share = rank * form.halves + taker
         if cutlass.const_expr(form.output == "nvfp4"):
             warps = cutlass.const_expr(4 * form.all_warpgroups)
             clear_pads(form, work, out.scales, out.columns, block * warps + warp, blocks * warps)
-        while tile.here:
-            if cutlass.const_expr(form.scaled):
-                load_factors(form, factors, tile, (share - taker) * form.stored, s_factors)
-            half = tile.column % 2 if cutlass.const_expr(form.warpgroups == 1) else Int32(0)
-            at = place(form, s_codes.iterator.toint(), s_scales.iterator.toint(), taker, half)
-            r_sums = cute.make_rmem_tensor(mma.partition_shape_C((64, form.rows)), SUM)
-            stage, phase = multiply_tile(
-                form, mma, ring, at, r_sums, taker, ends - begins, stage, phase, never
-            )
-            number += step
-            following, seen = find(work, form, seen, number)
-            r_total = r_sums
-            if cutlass.const_expr(form.shares > 1):
-                r_total = cute.make_rmem_tensor(form.stored // 2, SUM)
-                meet(form)
-                give(form, s_parts, r_sums, share)
-                meet(form)
-                total(form, s_parts, taker, r_total)
-            s_own = cute.make_tensor(s_factors.iterator + taker * form.stored, cute.make_layout(form.stored))
-            token = share * form.stored
-            store_tile(form, factors, out, tile, token, r_total, s_own, s_out, work.rows, n)
-            if cutlass.const_expr(form.shares > 1) and following.here:
-                cute.arch.fence_view_async_shared()
-                meet(form)
-            tile = following
+        _multiply_tiles(form, work, mma, ring, factors, out, s_factors, s_out, first, step, rank, n, k)
         if warp % 4 == 0:
             with cute.arch.elect_one():
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
