@@ -135,7 +135,9 @@ def test_continuous_integration_runs_the_tests_then_the_browser():
     text = (ROOT / ".ci/run").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert re.search(
-        r"^make test\n.*^if .ci/chromium --install; then make test-browser \|\| make test-browser", text, re.M | re.S
+        r"^make test\n.*^if .ci/chromium --install; then make test-browser \|\| make test-browser",
+        text,
+        re.M | re.S,
     )
 
 
