@@ -122,7 +122,8 @@ def test_parts_of_a_layer_stand_on_each_other():
     tops = sorted((bar.get_x(), bar.get_y() + bar.get_height()) for bar in axes.patches)
     assert [top for _, top in tops] == [3, 8, 3, 8]
     assert [line.get_ydata()[0] for line in axes.lines] == [2, 2]  # the sum of floors
-    assert plots.layer_bars(found, "pro").caption.count("Nothing was measured yet.") == 1
+    with pytest.raises(ValueError, match=r"must hold parts of 'pro', got \['flash'\]"):
+        plots.layer_bars(found, "pro")
 
 
 def test_extremes_of_the_slider_are_drawn():

@@ -247,8 +247,13 @@ def layer_bars(rows: Sequence[dict], model: str) -> Picture:
     Args:
         rows: of `benchmark_rows(DATA / "layers.csv")`.
         model: "flash" or "pro".
+
+    Raises:
+        ValueError: no row is of that model.
     """
     parts = layer_parts(rows, model)
+    if not parts:
+        raise ValueError(f"rows must hold parts of {model!r}, got {sorted({row['model'] for row in rows})}")
     mine = [row for row in rows if row["model"] == model]
     caption = f"One layer of {model} with random weights, a decode step in a CUDA graph. {measured_on(mine)} "
     picture, axes = new(
