@@ -347,7 +347,9 @@ def test_interrupted(run, monkeypatch):
 def test_ctrl_c_in_quantize_leaves_nothing(tiny_checkpoint, tmp_path):
     """A real process and a real signal, sent while the copy is being written."""
     code = (
-        "import sys, time; from dsv4lab.checkpoint import convert; from dsv4lab.cli import main\n"
+        "import signal, sys, time; from dsv4lab.checkpoint import convert; from dsv4lab.cli import main\n"
+        # Who starts tests in the background of a shell has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "original = convert.quantize_weight\n"
         "def slow(w):\n    print('working', flush=True); time.sleep(30); return original(w)\n"
         "convert.quantize_weight = slow\nsys.exit(main(sys.argv[1:]))"
