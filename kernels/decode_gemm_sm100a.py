@@ -31,8 +31,8 @@ from dsv4lab.kernels.decode_mainloop import (
     operands,
     tiled_mma,
 )
-from dsv4lab.kernels.gemm_epilogue import Factors
-from dsv4lab.kernels.gemm_tiles import Work
+from dsv4lab.kernels.gemm_epilogue import Factors, factors_of
+from dsv4lab.kernels.gemm_tiles import Work, work_of
 from dsv4lab.kernels.launch import launch
 from dsv4lab.kernels.quantize_plan import sm_count
 
@@ -122,16 +122,8 @@ def make(form: Form):
         mma = tiled_mma(form)
         n = cute.assume(n, 8)
         given = operands(form, mma, [a, b, sfa, sfb], rows, n, k, groups)
-        vector = cute.make_layout(groups)
-        work = Work(
-            cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
-            cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
-            rows, groups, cute.ceil_div(n, FEATURES),
-        )  # fmt: skip
-        many = cute.make_layout(1)
-        factors = Factors(
-            cute.make_tensor(g_a, many), cute.make_tensor(g_b, many), a_row, a_group, b_group, limit
-        )
+        work = work_of(offsets, sizes, rows, groups, cute.ceil_div(n, FEATURES))
+        factors = factors_of(g_a, g_b, a_row, a_group, b_group, limit)
         out = Outputs(
             values, cute.recast_ptr(scales, dtype=cutlass.Uint8), cute.recast_ptr(g, dtype=Float32), n
         )
@@ -161,6 +153,4 @@ def run(product, output, choice: Decode) -> None:
     clusters = min(
         most_clusters(choice, sm_count(product.a.device)), most_tiles(choice, product.rows, product.n)
     )
-    targets = [*output.tensors, None, None][:3]
-    limit = 0.0 if output.limit is None else float(output.limit)
-    launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, clusters])
+    launch(make, (form,), [*product.arguments, *output.targets, *product.numbers, output.bound, clusters])

@@ -31,8 +31,8 @@ from dsv4lab.kernels.decode_sm90a_mainloop import (
 )
 from dsv4lab.kernels.decode_sm90a_store import Outputs
 from dsv4lab.kernels.decode_sm90a_tokens import Tokens, token_tensor, tokens_of
-from dsv4lab.kernels.gemm_epilogue import Factors
-from dsv4lab.kernels.gemm_tiles import Work, begin, find
+from dsv4lab.kernels.gemm_epilogue import Factors, factors_of
+from dsv4lab.kernels.gemm_tiles import Work, begin, find, work_of
 from dsv4lab.kernels.launch import launch
 from dsv4lab.kernels.quantize_plan import sm_count
 
@@ -123,17 +123,8 @@ def make(form: Form):
     ):  # fmt: skip
         weights = weights_of(form, b, sfb, cute.assume(n, 8), k, groups)
         tokens = tokens_of(form, a, sfa, rows, k)
-        vector = cute.make_layout(groups)
-        work = Work(
-            cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
-            cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
-            rows, groups, cute.ceil_div(n, form.features),
-        )  # fmt: skip
-        many = cute.make_layout(1)
-        factors = Factors(
-            cute.make_tensor(cute.recast_ptr(g_a, dtype=Float32), many), cute.make_tensor(g_b, many),
-            a_row, a_group, b_group, limit,
-        )  # fmt: skip
+        work = work_of(offsets, sizes, rows, groups, cute.ceil_div(n, form.features))
+        factors = factors_of(g_a, g_b, a_row, a_group, b_group, limit)
         out = Outputs(
             cute.recast_ptr(values, dtype=Uint32), cute.recast_ptr(scales, dtype=cutlass.Uint8),
             cute.recast_ptr(g, dtype=Float32), n,
@@ -159,6 +150,6 @@ def run(product, output, choice: Decode) -> None:
         product.activations, output.kind, product.column_scale, output.limit is not None, output.swizzled,
         tiles <= most, choice.ctas,
     )  # fmt: skip
-    targets = [*output.tensors, None, None][:3]
-    limit = 0.0 if output.limit is None else float(output.limit)
-    launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, min(most, tiles)])
+    launch(
+        make, (form,), [*product.arguments, *output.targets, *product.numbers, output.bound, min(most, tiles)]
+    )

@@ -89,6 +89,16 @@ class Output:
     swizzled: bool
     tensors: tuple[Tensor, ...]
 
+    @property
+    def targets(self) -> list[Tensor | None]:
+        """All that kernels may write, None where this kind has nothing."""
+        return [*self.tensors, None, None][:3]
+
+    @property
+    def bound(self) -> float:
+        """The limit as kernels take it; those compiled without one do not look at it."""
+        return 0.0 if self.limit is None else float(self.limit)
+
 
 def implementations(run: Callable[[list, Output], None]) -> dict[str, Callable[..., None]]:
     """The operations of dsv4lab.gemm, as functions that fill their last arguments.
@@ -205,9 +215,7 @@ def run_prefill(product: Product, output: Output, choice: Prefill) -> None:
     )  # fmt: skip
     most = most_tiles(choice, product.rows, n, product.groups if grouped else None)
     clusters = min(sm_count(product.a.device) // choice.ctas, most)
-    targets = [*output.tensors, None, None][:3]
-    limit = 0.0 if output.limit is None else float(output.limit)
-    launch(make, (form,), [*product.arguments, *targets, *product.numbers, limit, clusters])
+    launch(make, (form,), [*product.arguments, *output.targets, *product.numbers, output.bound, clusters])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = implementations(_run)

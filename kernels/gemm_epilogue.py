@@ -43,6 +43,16 @@ class Factors:
     limit: Float32
 
 
+def factors_of(
+    g_a: cute.Pointer, g_b: cute.Pointer, a_row: Int32, a_group: Int32, b_group: Int32, limit: Float32
+) -> Factors:
+    """Of what a host function is given."""
+    # Their steps say where which scale is; of a layout with one element every place would be the first.
+    any_place = cute.make_layout(2**31 - 1)
+    a, b = (cute.make_tensor(cute.recast_ptr(g, dtype=Float32), any_place) for g in (g_a, g_b))
+    return Factors(a, b, a_row, a_group, b_group, limit)
+
+
 @dataclass(frozen=True)
 class Stored:
     """How TMA stores bf16.

@@ -33,6 +33,13 @@ class Work:
     columns: Int32
 
 
+def work_of(offsets: cute.Pointer, sizes: cute.Pointer, rows: Int32, groups: Int32, columns: Int32) -> Work:
+    """Of what a host function is given."""
+    vector = cute.make_layout(groups)
+    ends, counts = (cute.make_tensor(cute.recast_ptr(x, dtype=Int32), vector) for x in (offsets, sizes))
+    return Work(ends, counts, rows, groups, columns)
+
+
 @dataclass(frozen=True)
 class Window:
     """32 groups, of which this lane has one.

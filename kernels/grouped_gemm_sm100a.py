@@ -13,7 +13,7 @@ tensor memory, r registers.
 import cutlass
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, cute, memory, pipeline
-from dsv4lab.kernels.gemm_epilogue import OUT, Factors, Stored, store_tiles, stored
+from dsv4lab.kernels.gemm_epilogue import OUT, Factors, Stored, factors_of, store_tiles, stored
 from dsv4lab.kernels.gemm_form import TENSOR_COLUMNS, Form
 from dsv4lab.kernels.gemm_mainloop import (
     CODE,
@@ -27,7 +27,7 @@ from dsv4lab.kernels.gemm_mainloop import (
     tiled_mma,
 )
 from dsv4lab.kernels.gemm_quantize import WARPS, Quantized
-from dsv4lab.kernels.gemm_tiles import Work
+from dsv4lab.kernels.gemm_tiles import Work, work_of
 
 from dsv4lab.formats import BLOCK
 
@@ -109,16 +109,8 @@ def make(form: Form):
     ):  # fmt: skip
         mma = tiled_mma(form)
         given = operands(form, mma, [a, b, sfa, sfb], rows, n, k, groups)
-        vector = cute.make_layout(groups)
-        work = Work(
-            cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
-            cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
-            rows, groups, cute.ceil_div(n, form.columns),
-        )  # fmt: skip
-        # Their steps say where which scale is; of a layout with one element every place would be the first.
-        any_place = cute.make_layout(2**31 - 1)
-        scales = [cute.make_tensor(pointer, any_place) for pointer in (g_a, g_b)]
-        factors = Factors(*scales, a_row, a_group, b_group, limit)
+        work = work_of(offsets, sizes, rows, groups, cute.ceil_div(n, form.columns))
+        factors = factors_of(g_a, g_b, a_row, a_group, b_group, limit)
         if cutlass.const_expr(form.output == "nvfp4"):
             columns = n // 2 // BLOCK
             target = Quantized(out, out_scales, cute.make_tensor(g_out, cute.make_layout(1)), columns)

@@ -18,7 +18,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, cute, memory
 from dsv4lab.kernels.decode_pads import clear_pads
 from dsv4lab.kernels.dequantize import dequantize
-from dsv4lab.kernels.gemm_epilogue import Factors
+from dsv4lab.kernels.gemm_epilogue import Factors, factors_of
 from dsv4lab.kernels.gemm_quantize import Quantized
 from dsv4lab.kernels.gemm_sm90a_choice import Many, fits, most_tiles
 from dsv4lab.kernels.gemm_sm90a_dequantize import place
@@ -38,7 +38,7 @@ from dsv4lab.kernels.gemm_sm90a_mainloop import (
     stages_of,
     tiled_mma,
 )
-from dsv4lab.kernels.gemm_tiles import Work, begin, find
+from dsv4lab.kernels.gemm_tiles import Work, begin, find, work_of
 from dsv4lab.kernels.launch import As, launch
 from dsv4lab.kernels.quantize_plan import sm_count
 
@@ -182,16 +182,8 @@ def make(form: Form):
         a_row: Int32, a_group: Int32, b_group: Int32, limit: Float32, clusters: Int32, stream: CUstream,
     ):  # fmt: skip
         given = operands(form, [a, b, sfb], rows, n, k, groups)
-        vector = cute.make_layout(groups)
-        work = Work(
-            cute.make_tensor(cute.recast_ptr(offsets, dtype=Int32), vector),
-            cute.make_tensor(cute.recast_ptr(sizes, dtype=Int32), vector),
-            rows, groups, cute.ceil_div(n, form.features),
-        )  # fmt: skip
-        # Their steps say where which scale is; of a layout with one element every place would be the first.
-        any_place = cute.make_layout(2**31 - 1)
-        g = [cute.make_tensor(cute.recast_ptr(x, dtype=Float32), any_place) for x in (g_a, g_b)]
-        factors = Factors(*g, a_row, a_group, b_group, limit)
+        work = work_of(offsets, sizes, rows, groups, cute.ceil_div(n, form.features))
+        factors = factors_of(g_a, g_b, a_row, a_group, b_group, limit)
         if cutlass.const_expr(form.output == "nvfp4"):
             g = cute.make_tensor(cute.recast_ptr(g_out, dtype=Float32), cute.make_layout(1))
             target = Quantized(
@@ -235,10 +227,8 @@ def run(product, output, choice: Many) -> None:
     )  # fmt: skip
     most = most_tiles(choice, product.rows, n, product.groups if form.grouped else None)
     clusters = min(sm_count(product.a.device) // form.split, most)
-    targets = [*output.tensors, None, None][:3]
-    limit = 0.0 if output.limit is None else float(output.limit)
     operands = [As(tokens, TOKEN), *product.arguments[1:]]
-    launch(make, (form,), [*operands, *targets, *product.numbers, limit, clusters])
+    launch(make, (form,), [*operands, *output.targets, *product.numbers, output.bound, clusters])
 
 
 @cache
